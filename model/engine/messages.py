@@ -1,0 +1,182 @@
+"""Every message that crosses the boundary between the API process and the engine process.
+
+The channel is a socketpair. A frame is a 4-byte big-endian length and a msgpack document whose
+`type` field names the struct. Nothing else is accepted: no pickle, no free-form dictionaries.
+This module imports neither torch nor the server.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from model.engine.request import FinishReason, SamplingParams
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class Message(msgspec.Struct, tag_field="type", omit_defaults=True):
+    """A frame on the channel."""
+
+
+# ---------------------------------------------------------------- API process -> engine process
+
+
+class Submit(Message, tag="submit"):
+    """Run one request. `output_token_ids` are tokens drawn earlier (a resumed generation):
+    penalties, limits and draws count from the boundary between the two lists."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = []
+    salt: bytes = b""
+
+
+class Abort(Message, tag="abort"):
+    """Stop these requests; their blocks are back within the step. Unknown ids are ignored."""
+
+    request_ids: list[str]
+
+
+class Shutdown(Message, tag="shutdown"):
+    """Leave the loop and exit 0."""
+
+
+# ---------------------------------------------------------------- engine process -> API process
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What is served, as the API tells it."""
+
+    name: str
+    family: str
+    fingerprint: str
+    vocab_size: int
+    max_model_len: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    num_parameters: int
+    quantization: str
+    device: str
+    dtype: str
+    ops: str
+    reproducible: bool
+    eos_token_ids: tuple[int, ...]
+    block_size: int
+    num_blocks: int
+    kv_bytes_per_token: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class EngineReady(Message, tag="ready"):
+    """The model is loaded and warmed; requests are taken from now on."""
+
+    epoch: int
+    model: ModelInfo
+
+
+class EngineFailed(Message, tag="failed"):
+    """The engine cannot start or go on; it exits right after. `message` is one line for people."""
+
+    message: str
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """Log-probability of a token under the raw distribution (natural log), its rank (0 is the most
+    probable; -1 when it was not asked for), and the most probable tokens as (id, log-probability)."""
+
+    token_id: int
+    logprob: float
+    rank: int = -1
+    top: list[tuple[int, float]] = []
+
+
+class RequestError(msgspec.Struct):
+    """Why one request failed, in the words and codes of the wire."""
+
+    type: str
+    code: str
+    message: str
+
+
+class TokenOutput(msgspec.Struct, omit_defaults=True):
+    """What one request got from one step.
+
+    `num_reused_tokens` comes with the request's first output: how many prompt tokens were found in
+    the cache. `prefill` is (done, total) while the prompt is being computed. `prompt_logprobs` has
+    one entry for each prompt token after the first."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
+    finish_reason: FinishReason | None = None
+    num_reused_tokens: int = -1
+    prefill: tuple[int, int] | None = None
+    error: RequestError | None = None
+
+
+class EngineStats(msgspec.Struct, array_like=True):
+    """The state after a step; counters count from the engine's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    reused_tokens: int = 0
+    evicted_blocks: int = 0
+    preemptions: int = 0
+    aborted: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+
+
+class StepOutputs(Message, tag="outputs"):
+    """All that one step made, for all requests, in one frame."""
+
+    epoch: int
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """Sent each second by a thread of its own. `pending` says whether there is work; `steps` grows
+    with each finished step, so that a step that never ends shows."""
+
+    epoch: int
+    steps: int
+    pending: bool
+
+
+ToEngine = Submit | Abort | Shutdown
+FromEngine = EngineReady | EngineFailed | StepOutputs | Heartbeat
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode_frame(message: ToEngine | FromEngine) -> bytes:
+    """One frame: length, then the document."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes is over the {MAX_FRAME_BYTES} of a frame")
+    return _LENGTH.pack(len(body)) + body
+
+
+def frame_length(header: bytes) -> int:
+    """The body's length from the 4-byte header. Raises ValueError beyond MAX_FRAME_BYTES."""
+    length: int = _LENGTH.unpack(header)[0]
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return length
