@@ -11,6 +11,7 @@ import struct
 
 import msgspec
 
+from model.config import DecoderConfig
 from model.engine.request import FinishReason, SamplingParams
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -22,6 +23,25 @@ class Message(msgspec.Struct, tag_field="type", omit_defaults=True):
 
 
 # ---------------------------------------------------------------- API process -> engine process
+
+
+class Start(Message, tag="start"):
+    """The first frame: what to serve and with what. `None` leaves the choice to the engine."""
+
+    epoch: int
+    name: str
+    config: DecoderConfig
+    weights: tuple[str, ...]
+    fingerprint: str
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_memory: int | None = None  # bytes
+    check_accounting: bool = False  # assert the block accounting after each step
 
 
 class Submit(Message, tag="submit"):
@@ -90,7 +110,7 @@ class EngineFailed(Message, tag="failed"):
 
 class TokenLogprob(msgspec.Struct, array_like=True):
     """Log-probability of a token under the raw distribution (natural log), its rank (0 is the most
-    probable; -1 when it was not asked for), and the most probable tokens as (id, log-probability)."""
+    probable; -1: not asked for), and the most probable tokens as (id, log-probability)."""
 
     token_id: int
     logprob: float
@@ -158,7 +178,7 @@ class Heartbeat(Message, tag="heartbeat"):
     pending: bool
 
 
-ToEngine = Submit | Abort | Shutdown
+ToEngine = Start | Submit | Abort | Shutdown
 FromEngine = EngineReady | EngineFailed | StepOutputs | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()

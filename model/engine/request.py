@@ -39,3 +39,64 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     prompt_index: int = 0
     choice_index: int = 0
+
+
+class Request:
+    """One generation inside the engine.
+
+    `token_ids` is prompt and output together; the engine computes until `num_computed_tokens`
+    meets its length, and draws the next token when it does. `block_table[i]` holds the KV of tokens
+    [i * block_size, (i + 1) * block_size); `block_keys[i]` is the content address of that block
+    once it is full, and the first `num_indexed_blocks` of them are in the prefix index.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_keys",
+        "block_table",
+        "id",
+        "num_computed_tokens",
+        "num_indexed_blocks",
+        "num_prompt_tokens",
+        "num_reused_tokens",
+        "output_token_ids",
+        "params",
+        "prompt_token_ids",
+        "root",
+        "sampling",
+        "token_ids",
+        "waiting_for",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        root: bytes,
+        output_token_ids: list[int] | None = None,
+    ) -> None:
+        self.id = id
+        self.params = params
+        self.root = root
+        self.prompt_token_ids = prompt_token_ids
+        self.output_token_ids = list(output_token_ids or [])
+        self.token_ids = prompt_token_ids + self.output_token_ids
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_reused_tokens = -1  # unknown until admitted
+        self.block_table: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.num_indexed_blocks = 0
+        self.waiting_for: bytes | None = None  # the key of a block that another request computes
+        self.arrival = 0
+        self.sampling: object = None  # the runner's sampling state of this request
+
+    def append(self, token_id: int) -> None:
+        """A drawn token."""
+        self.token_ids.append(token_id)
+        self.output_token_ids.append(token_id)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens

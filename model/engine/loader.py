@@ -1,0 +1,175 @@
+"""From a `Start` message to an engine that is ready to step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from model.config import DecoderConfig
+from model.decoder import Decoder
+from model.engine.engine import Engine
+from model.engine.messages import ModelInfo, Start, Submit
+from model.engine.prefix import root_key
+from model.engine.request import SamplingParams
+from model.engine.scheduler import Scheduler
+from model.hub_cache import GIB
+from model.hub_memory import available_memory
+from model.kv import KVCache
+from model.ops.reference import ReferenceOps
+from model.runner import ModelRunner
+from model.sampler import Sampler
+from model.weights import load_weights
+
+CPU_KV_BYTES = GIB
+CPU_KV_SHARE = 0.25  # of the memory that is available
+CUDA_KV_SHARE = 0.8  # of what the weights leave
+
+
+class LoadError(Exception):
+    """The engine cannot start; the message is one line for people."""
+
+
+def load_engine(start: Start) -> tuple[Engine, ModelInfo]:
+    """Load the weights, size the KV pool, warm up. Raises LoadError."""
+    try:
+        return _load(start)
+    except LoadError:
+        raise
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot load {start.name}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise LoadError(
+            f"not enough memory to load {start.name}: take a smaller model, or give the KV cache "
+            f"less (--kv-memory) ({error})"
+        ) from error
+
+
+def _load(start: Start) -> tuple[Engine, ModelInfo]:
+    config = start.config
+    device = _device(start.device)
+    num_threads = start.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)  # unpacking is many small ops: threads only wait for each other
+    ops = ReferenceOps(device, _dtype(start.dtype, device))
+    weights = load_weights([Path(path) for path in start.weights], config, ops)
+    torch.set_num_threads(num_threads)
+    block_bytes = KVCache.measure_block(config, start.block_size, ops)
+    wanted_len = start.max_model_len or config.max_position_embeddings
+    if wanted_len > config.max_position_embeddings:
+        raise LoadError(
+            f"--max-model-len {wanted_len} is more than the {config.max_position_embeddings} "
+            f"tokens that {start.name} was made for"
+        )
+    num_blocks = _num_blocks(start, device, block_bytes, wanted_len)
+    max_model_len = min(wanted_len, num_blocks * start.block_size)
+    if start.max_model_len is not None and max_model_len < start.max_model_len:
+        raise LoadError(
+            f"the KV cache holds {num_blocks * start.block_size} tokens, less than "
+            f"--max-model-len {start.max_model_len}; give it more (--kv-memory) or ask for less"
+        )
+    decoder = Decoder(config, weights, ops, max_model_len)
+    kv = KVCache(config, num_blocks, start.block_size, ops)
+    runner = ModelRunner(
+        decoder,
+        kv,
+        Sampler(config.vocab_size, device),
+        end_token_ids=config.eos_token_ids,
+        device=device,
+    )
+    static_root = root_key(start.fingerprint, ops.id, kv.layout, decoder.rope.variant)
+    engine = Engine(
+        _scheduler(start, num_blocks, max_model_len, config),
+        runner,
+        vocab_size=config.vocab_size,
+        static_root=static_root,
+        epoch=start.epoch,
+        check_accounting=start.check_accounting,
+    )
+    _warm_up(_scheduler(start, num_blocks, max_model_len, config), runner, config)
+    info = ModelInfo(
+        name=start.name,
+        family=config.family,
+        fingerprint=start.fingerprint,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        num_parameters=weights.num_parameters,
+        quantization=weights.quantization,
+        device=str(device),
+        dtype=str(ops.dtype).removeprefix("torch."),
+        ops=ops.id,
+        reproducible=ops.reproducible,
+        eos_token_ids=config.eos_token_ids,
+        block_size=start.block_size,
+        num_blocks=num_blocks,
+        kv_bytes_per_token=kv.bytes_per_token,
+        max_num_seqs=start.max_num_seqs,
+        max_num_batched_tokens=start.max_num_batched_tokens,
+    )
+    return engine, info
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise LoadError(
+            "--device cuda: no CUDA device is usable here (no GPU, no driver, or a CPU build of "
+            "torch); use --device cpu"
+        )
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def _dtype(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        asked = "float32" if device.type == "cpu" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, asked)
+    return dtype
+
+
+def _num_blocks(start: Start, device: torch.device, block_bytes: int, max_model_len: int) -> int:
+    """As many blocks as the memory allows, but never more than could be referenced at once."""
+    if start.kv_memory is not None:
+        budget = start.kv_memory
+    elif device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_SHARE)
+    else:
+        budget = min(CPU_KV_BYTES, int(available_memory() * CPU_KV_SHARE))
+    most = start.max_num_seqs * -(-max_model_len // start.block_size)
+    num_blocks = min(budget // block_bytes, most)
+    if num_blocks < 2:
+        raise LoadError(
+            f"{budget} bytes of KV cache hold less than two blocks of {block_bytes} bytes; give it "
+            "more (--kv-memory) or use a smaller model"
+        )
+    return num_blocks
+
+
+def _scheduler(
+    start: Start, num_blocks: int, max_model_len: int, config: DecoderConfig
+) -> Scheduler:
+    return Scheduler(
+        num_blocks=num_blocks,
+        block_size=start.block_size,
+        max_num_seqs=start.max_num_seqs,
+        max_num_batched_tokens=start.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        end_token_ids=config.eos_token_ids,
+    )
+
+
+def _warm_up(scheduler: Scheduler, runner: ModelRunner, config: DecoderConfig) -> None:
+    """A short prefill and two decodes with a scheduler of their own: first calls are slow ones."""
+    engine = Engine(scheduler, runner, vocab_size=config.vocab_size, static_root=b"warm up")
+    num_tokens = min(8, scheduler.max_model_len - 3)
+    if num_tokens < 1:
+        return
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine.submit(Submit("warm-up", [0] * num_tokens, params))
+    while engine.has_work:
+        engine.step()

@@ -1,0 +1,338 @@
+"""Scheduler: who runs in this step, and on which blocks.
+
+There are no phases. A request has `token_ids` and `num_computed_tokens`; every step it is given
+tokens so that the second catches up with the length of the first, and it draws a token in the step
+in which they meet. Prefill, a chunk of it, decoding, resuming and recomputing after a preemption
+are all this one rule.
+
+Order within a step: requests that decode, then running prefills, then waiting requests, oldest
+first, under a budget of tokens. When no block is left the youngest running request is preempted:
+its blocks go back to the pool (most of them stay cached) and it waits at the head of the queue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from model.engine.blocks import BlockPool
+from model.engine.prefix import PrefixIndex
+from model.engine.request import FinishReason, Request
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """`num_tokens` tokens of one request from `start` on; `samples` when they reach its end."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """The plan of one step. Sequences with a single token come first."""
+
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    num_tokens: int = 0
+    num_decodes: int = 0
+    stopped: list[Request] = field(default_factory=list)  # the pool cannot hold one more token
+
+
+@dataclass(slots=True)
+class Update:
+    """What a step did to one request."""
+
+    request: Request
+    token_id: int | None
+    finish_reason: FinishReason | None
+
+
+class Scheduler:
+    """Queues of requests over a block pool. `max_num_seqs` requests run at a time, with at most
+    `max_num_batched_tokens` tokens a step; `prefill_tokens_beside_decodes` bounds the prefill's
+    share while anything decodes (the engine sets it from its clock)."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        end_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({max_num_seqs}), so that every running request can decode"
+            )
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.prefill_tokens_beside_decodes = max_num_batched_tokens
+        self.num_preemptions = 0
+        self.index = PrefixIndex(block_size)
+        self.pool = BlockPool(num_blocks, on_evict=self.index.remove)
+        self._end_token_ids = frozenset(end_token_ids)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # oldest first
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+
+    # ------------------------------------------------------------------------------ the queue
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of that many tokens and one more could run alone in the pool."""
+        return -(-(num_tokens + 1) // self.block_size) <= self.pool.num_blocks
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for an id that is there already."""
+        if request.id in self._requests:
+            raise ValueError(f"request {request.id} is in the engine already")
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        self._requests[request.id] = request
+        self._waiting.append(request)
+
+    def finish(self, request_id: str) -> Request | None:
+        """Take a request out, wherever it is; its blocks are back at once. None if unknown."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        if request in self._running:
+            self._running.remove(request)
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+        return request
+
+    # ------------------------------------------------------------------------------- one step
+
+    def schedule(self) -> ScheduledBatch:
+        """Plan a step. Blocks for all scheduled tokens are in the block tables afterwards."""
+        plan: dict[str, ScheduledSequence] = {}
+        batch = ScheduledBatch()
+        budget = self.max_num_batched_tokens
+
+        for request in [r for r in self._running if r.num_uncomputed_tokens == 1]:
+            if request in self._running and self._grow(request, 1, plan, batch):
+                plan[request.id] = ScheduledSequence(
+                    request, request.num_computed_tokens, 1, samples=True
+                )
+        budget -= len(plan)
+        if plan:
+            budget = min(budget, self.prefill_tokens_beside_decodes)
+
+        for request in [r for r in self._running if r.num_uncomputed_tokens > 1]:
+            if budget <= 0:
+                break
+            if request in self._running:
+                budget -= self._schedule_prefill(request, budget, plan, batch)
+
+        if not batch.stopped:
+            for request in list(self._waiting):
+                if budget <= 0 or len(self._running) >= self.max_num_seqs:
+                    break
+                if self._must_wait(request):
+                    continue
+                if not self._admit(request):
+                    break
+                budget -= self._schedule_prefill(request, budget, plan, batch)
+
+        singles = [s for s in plan.values() if s.num_tokens == 1]
+        batch.sequences = singles + [s for s in plan.values() if s.num_tokens > 1]
+        batch.num_decodes = len(singles)
+        batch.num_tokens = sum(s.num_tokens for s in batch.sequences)
+        return batch
+
+    def update(self, batch: ScheduledBatch, drawn: dict[str, int]) -> list[Update]:
+        """Apply a step: file full blocks, append drawn tokens, take out what is finished.
+
+        `drawn` has the token of each sequence that sampled and did not fail. Requests that were
+        aborted since `schedule` are passed over: they are gone, and so are their blocks."""
+        updates: list[Update] = []
+        for sequence in batch.sequences:
+            request = sequence.request
+            if self._requests.get(request.id) is not request:
+                continue
+            request.num_computed_tokens = sequence.start + sequence.num_tokens
+            self._index_full_blocks(request)
+            token_id = drawn.get(request.id) if sequence.samples else None
+            reason: FinishReason | None = None
+            if token_id is not None:
+                request.append(token_id)
+                reason = self._finish_reason(request, token_id)
+                if reason is not None:
+                    self.finish(request.id)
+            updates.append(Update(request, token_id, reason))
+        stopped = [r for r in batch.stopped if self.finish(r.id) is not None]
+        return updates + [Update(request, None, "length") for request in stopped]
+
+    def check(self) -> None:
+        """Raise AssertionError unless block tables and reference counts agree exactly."""
+        self.pool.check()
+        self.index.check()
+        counts = [0] * self.pool.num_blocks
+        for request in self._running:
+            for block in request.block_table:
+                counts[block] += 1
+        for request in self._waiting:
+            if request.block_table:
+                raise AssertionError(f"{request.id} waits and holds blocks")
+        for block, count in enumerate(counts):
+            if self.pool.references(block) != count:
+                raise AssertionError(
+                    f"block {block} has {self.pool.references(block)} references, "
+                    f"{count} block tables name it"
+                )
+
+    # -------------------------------------------------------------------------------- details
+
+    def _schedule_prefill(
+        self,
+        request: Request,
+        budget: int,
+        plan: dict[str, ScheduledSequence],
+        batch: ScheduledBatch,
+    ) -> int:
+        num_tokens = min(request.num_uncomputed_tokens, budget)
+        if not self._grow(request, num_tokens, plan, batch):
+            return 0
+        samples = num_tokens == request.num_uncomputed_tokens
+        plan[request.id] = ScheduledSequence(
+            request, request.num_computed_tokens, num_tokens, samples
+        )
+        return num_tokens
+
+    def _must_wait(self, request: Request) -> bool:
+        """Whether the next block that the request needs is being computed by another one."""
+        if request.waiting_for is not None:
+            if self.index.is_pending(request.waiting_for, request.id):
+                return True
+            request.waiting_for = None
+        limit = self._match_limit(request)
+        self.index.extend_keys(request.block_keys, request.root, request.token_ids, limit)
+        num_hits = len(self.index.match(request.block_keys, request.token_ids, limit))
+        if num_hits < limit and self.index.is_pending(request.block_keys[num_hits], request.id):
+            request.waiting_for = request.block_keys[num_hits]
+            return True
+        return False
+
+    def _match_limit(self, request: Request) -> int:
+        """Blocks that may be hit: at least one token is always computed, to have its logits."""
+        if request.params.prompt_logprobs:
+            return 0
+        return (len(request.token_ids) - 1) // self.block_size
+
+    def _admit(self, request: Request) -> bool:
+        """Move a waiting request to the running ones, with the blocks of its cached prefix; False
+        when the pool has no room for its whole sequence now."""
+        limit = self._match_limit(request)
+        blocks = self.index.match(request.block_keys, request.token_ids, limit)
+        needed = -(-(len(request.token_ids) + 1) // self.block_size) - len(blocks)
+        idle_hits = sum(1 for block in blocks if self.pool.references(block) == 0)
+        if needed > self.pool.num_available - idle_hits:
+            return False
+        for block in blocks:
+            self.pool.acquire(block)
+        request.block_table = blocks
+        request.num_indexed_blocks = len(blocks)
+        request.num_computed_tokens = len(blocks) * self.block_size
+        if request.num_reused_tokens < 0:
+            request.num_reused_tokens = request.num_computed_tokens
+        self.index.announce(request.block_keys[len(blocks) :], request.id)
+        self._waiting.remove(request)
+        self._running.append(request)
+        self._running.sort(key=lambda r: r.arrival)
+        return True
+
+    def _grow(
+        self,
+        request: Request,
+        num_tokens: int,
+        plan: dict[str, ScheduledSequence],
+        batch: ScheduledBatch,
+    ) -> bool:
+        """Blocks for `num_tokens` more tokens, preempting the youngest while none is left. False
+        when the request itself had to go."""
+        needed = -(-(request.num_computed_tokens + num_tokens) // self.block_size)
+        while len(request.block_table) < needed:
+            block = self.pool.allocate()
+            if block is not None:
+                request.block_table.append(block)
+                continue
+            youngest = self._running[-1]
+            if youngest is request and len(self._running) == 1:
+                batch.stopped.append(request)
+                return False
+            self._preempt(youngest)
+            plan.pop(youngest.id, None)
+            if youngest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.num_indexed_blocks = 0
+        self._waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self.index.withdraw(request.block_keys[request.num_indexed_blocks :], request.id)
+        for block in reversed(request.block_table):
+            self.pool.release(block, keep=block in self.index)
+        request.block_table = []
+
+    def _index_full_blocks(self, request: Request) -> None:
+        size = self.block_size
+        num_full = request.num_computed_tokens // size
+        if num_full <= request.num_indexed_blocks:
+            return
+        self.index.extend_keys(request.block_keys, request.root, request.token_ids, num_full)
+        for i in range(request.num_indexed_blocks, num_full):
+            mine = request.block_table[i]
+            there = self.index.insert(
+                request.block_keys[i],
+                request.block_keys[i - 1] if i else request.root,
+                request.token_ids[i * size : (i + 1) * size],
+                mine,
+            )
+            if there != mine:  # an equal block was computed meanwhile: keep one of the two
+                self.pool.acquire(there)
+                self.pool.release(mine, keep=False)
+                request.block_table[i] = there
+        request.num_indexed_blocks = num_full
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        params = request.params
+        if token_id in params.stop_token_ids or (
+            token_id in self._end_token_ids and not params.ignore_eos
+        ):
+            return "stop"
+        if (
+            len(request.output_token_ids) >= params.max_tokens
+            or len(request.token_ids) >= self.max_model_len
+        ):
+            return "length"
+        return None

@@ -1,0 +1,73 @@
+"""KVCache: the tensors of the block pool, and copies of whole blocks in and out.
+
+It knows nothing of who owns a block or what it holds; that is the block pool's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from model.config import DecoderConfig
+from model.ops.base import Ops
+
+
+class KVCache:
+    """`num_blocks` blocks of `block_size` tokens for all layers, laid out as the ops like."""
+
+    def __init__(self, config: DecoderConfig, num_blocks: int, block_size: int, ops: Ops) -> None:
+        """Allocates everything at once. Raises ValueError for counts below 1."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(
+                f"a KV cache needs at least one block of one token, got {num_blocks} blocks of "
+                f"{block_size}"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.tensor = ops.allocate_kv(config, num_blocks, block_size)
+        """[num_layers, 2, num_blocks, ...]"""
+        self._layers = self.tensor.unbind(0)
+        self.bytes_per_block = self.tensor.nbytes // num_blocks
+        self.bytes_per_token = self.bytes_per_block // block_size
+        self.layout = (
+            f"{ops.kv_layout} layers={config.num_layers} block={block_size} "
+            f"heads={config.num_kv_heads} dim={config.head_dim}"
+        )
+
+    @staticmethod
+    def measure_block(config: DecoderConfig, block_size: int, ops: Ops) -> int:
+        """The bytes of one block, to tell how many fit before the cache is made."""
+        return ops.allocate_kv(config, 1, block_size).nbytes
+
+    def layer(self, index: int) -> torch.Tensor:
+        """The cache of one layer: [2, num_blocks, ...]."""
+        return self._layers[index]
+
+    def copy_out(self, block_ids: Sequence[int]) -> list[bytes]:
+        """The raw bytes of each block, K and V of all layers: `bytes_per_block` each."""
+        self._check(block_ids)
+        if not block_ids:
+            return []
+        index = torch.tensor(list(block_ids), device=self.tensor.device)
+        blocks = self.tensor.index_select(2, index).movedim(2, 0).contiguous().cpu()
+        rows = blocks.view(len(block_ids), -1).view(torch.uint8).numpy()
+        return [row.tobytes() for row in rows]
+
+    def copy_in(self, block_id: int, data: bytes | bytearray | memoryview) -> None:
+        """Restore a block from what `copy_out` gave under the same `layout`.
+
+        Raises ValueError when the length or the block id is wrong; the cache is then untouched."""
+        self._check([block_id])
+        size = memoryview(data).nbytes
+        if size != self.bytes_per_block:
+            raise ValueError(f"a block has {self.bytes_per_block} bytes, got {size}")
+        block = self.tensor[:, :, block_id]
+        # A copy of its own: torch wants writable memory, and the caller's may be a mapped file.
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        block.copy_(raw.view(self.tensor.dtype).view(block.shape))
+
+    def _check(self, block_ids: Sequence[int]) -> None:
+        for block_id in block_ids:
+            if not 0 <= block_id < self.num_blocks:
+                raise ValueError(f"block {block_id} is outside the {self.num_blocks} of the cache")

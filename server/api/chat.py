@@ -1,0 +1,306 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from model.engine.messages import TokenLogprob
+from server.api.answers import (
+    client_left,
+    finite,
+    new_id,
+    off_loop,
+    usage,
+    wait_for_all,
+)
+from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answer
+from server.errors import InvalidRequest, UnsupportedParameter
+from server.generation import Delta, Done, Failed, Generation, read
+from server.responses import json_response
+from server.services import Services, Shared
+from server.sse import DONE, EventStream, data_frame
+from server.text.chat_template import TemplateError, encode_chat
+from server.text.tokenizer import Tokenizer
+
+router = APIRouter()
+
+MAX_MESSAGES = 4096
+
+_LATER = "it comes in a later release of this server"
+_REFUSED = {
+    "tools": _LATER,
+    "functions": "use a server that has tools; " + _LATER,
+    "function_call": _LATER,
+    "regex": _LATER,
+    "grammar": _LATER,
+    "guided_json": _LATER,
+    "guided_regex": _LATER,
+    "guided_grammar": _LATER,
+    "guided_choice": _LATER,
+    "resumable": _LATER,
+    "audio": "this server makes text only",
+    "web_search_options": "this server has no web search",
+}
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = Field(default=None, max_length=256)
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def rendered(self, index: int) -> dict[str, Any]:
+        """The message as a chat template gets it: plain text, `developer` as `system`."""
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self._text(index),
+        }
+        for key in ("name", "tool_calls", "tool_call_id"):
+            if getattr(self, key) is not None:
+                message[key] = getattr(self, key)
+        return message
+
+    def _text(self, index: int) -> str:
+        if self.content is None:
+            if self.role != "assistant":
+                raise InvalidRequest(
+                    f"`messages.{index}.content` is missing; a {self.role} message needs text",
+                    param=f"messages.{index}.content",
+                )
+            return ""
+        if isinstance(self.content, str):
+            return self.content
+        texts = []
+        for part in self.content:
+            if part.type not in ("text", "input_text", "output_text", "refusal"):
+                raise UnsupportedParameter(
+                    f"`messages.{index}.content` has a part of type {part.type!r}; this model "
+                    "reads text only",
+                    param=f"messages.{index}.content",
+                )
+            texts.append(part.text or part.refusal or "")
+        return "".join(texts)
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class ChatRequest(SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    continue_final_message: bool = False
+
+    def check(self) -> None:
+        """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
+        self.refuse(_REFUSED)
+        if self.response_format is not None and self.response_format.type != "text":
+            raise UnsupportedParameter(
+                f"`response_format` of type {self.response_format.type!r} is not supported: "
+                + _LATER,
+                param="response_format",
+            )
+        if self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedParameter(
+                f"`tool_choice` is not supported: {_LATER}", param="tool_choice"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
+        if (
+            self.max_tokens is not None
+            and self.max_completion_tokens is not None
+            and self.max_tokens != self.max_completion_tokens
+        ):
+            raise InvalidRequest(
+                "`max_tokens` and `max_completion_tokens` differ; give one of them",
+                param="max_tokens",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise InvalidRequest(
+                "`continue_final_message` needs an assistant message at the end",
+                param="continue_final_message",
+            )
+
+
+async def prompt_token_ids(
+    services: Services, messages: list[ChatMessage], *, continue_final_message: bool = False
+) -> list[int]:
+    """The token ids of a conversation, by the model's chat template."""
+    rendered = [message.rendered(i) for i, message in enumerate(messages)]
+    size = sum(len(message["content"]) for message in rendered)
+    try:
+        return await off_loop(
+            size,
+            lambda: encode_chat(
+                services.tokenizer,
+                services.template,
+                rendered,
+                add_generation_prompt=not continue_final_message,
+                continue_final_message=continue_final_message,
+            ),
+        )
+    except TemplateError as error:
+        raise InvalidRequest(
+            f"the model's chat template refuses these messages: {error}", param="messages"
+        ) from None
+
+
+@router.post("/v1/chat/completions", operation_id="create_chat_completion")
+async def create_chat_completion(body: ChatRequest, request: Request, services: Shared) -> Response:
+    """An answer to a conversation, whole or as a stream of server-sent events."""
+    body.check()
+    model = services.client.check_ready()
+    prompt = await prompt_token_ids(
+        services, body.messages, continue_final_message=body.continue_final_message
+    )
+    max_tokens = room_for_answer(
+        model, len(prompt), body.max_completion_tokens or body.max_tokens, param="messages"
+    )
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=top_logprobs)
+    n = body.n or 1
+    generations = services.generations.start([prompt], params, n=n, stop=body.stop or [])
+    answer = _Answer(services, generations, top_logprobs)
+    headers = {"x-headwater-generation": generations[0].id}
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(
+            answer.frames(include_usage),
+            on_close=lambda: services.generations.cancel(generations),
+            send_timeout=services.settings.send_timeout,
+            headers=headers,
+        )
+    if not await wait_for_all(request, generations, services.generations):
+        return client_left()
+    return json_response(answer.whole(), headers=headers)
+
+
+class _Answer:
+    """The chat wire of one request's generations."""
+
+    def __init__(
+        self, services: Services, generations: list[Generation], top_logprobs: int | None
+    ) -> None:
+        self._tokenizer = services.tokenizer
+        self._metrics = services.metrics
+        self._generations = generations
+        self._top_logprobs = top_logprobs
+        self._head: dict[str, Any] = {
+            "id": new_id("chatcmpl-"),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": services.files.name,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for i, generation in enumerate(self._generations):
+            choice: dict[str, Any] = {
+                "index": i,
+                "message": {"role": "assistant", "content": generation.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": generation.end.finish_reason,
+            }
+            if self._top_logprobs is not None:
+                logprobs = [p for e in generation.log if isinstance(e, Delta) for p in e.logprobs]
+                choice["logprobs"] = self._logprobs(logprobs)
+            choices.append(choice)
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage(self._generations, num_choices=len(self._generations)),
+        }
+
+    async def frames(self, include_usage: bool) -> AsyncIterator[bytes]:
+        """Role, text deltas, one finish reason a choice, usage if asked for, `[DONE]`; or an error
+        frame, then `[DONE]`."""
+        role = {"role": "assistant", "content": ""}
+        yield b"".join(self._frame(i, role) for i in range(len(self._generations)))
+        async for batch in read(self._generations):
+            frames = []
+            for i, event in batch:
+                match event:
+                    case Delta():
+                        if event.text or event.logprobs:
+                            frames.append(self._delta_frame(i, event))
+                    case Done():
+                        frames.append(self._frame(i, {}, event.finish_reason))
+                    case Failed():
+                        self._metrics.errors.labels(event.error.code).inc()
+                        yield b"".join([*frames, data_frame(event.error.body()), DONE])
+                        return
+            if frames:
+                yield b"".join(frames)
+        last = DONE
+        if include_usage:
+            count = usage(self._generations, num_choices=len(self._generations))
+            last = data_frame({**self._head, "choices": [], "usage": count}) + DONE
+        yield last
+
+    def _delta_frame(self, index: int, event: Delta) -> bytes:
+        logprobs = None if self._top_logprobs is None else self._logprobs(event.logprobs)
+        return self._frame(index, {"content": event.text}, logprobs=logprobs)
+
+    def _frame(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return data_frame({**self._head, "choices": [choice]})
+
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        top = self._top_logprobs or 0
+        return {
+            "content": [
+                {
+                    **_token(self._tokenizer, entry.token_id, entry.logprob),
+                    "top_logprobs": [
+                        _token(self._tokenizer, token_id, logprob)
+                        for token_id, logprob in entry.top[:top]
+                    ],
+                }
+                for entry in logprobs
+            ],
+            "refusal": None,
+        }
+
+
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": tokenizer.piece(token_id),
+        "logprob": finite(logprob),
+        "bytes": list(tokenizer.bytes_of(token_id)),
+    }

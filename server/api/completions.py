@@ -1,0 +1,254 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from model.engine.messages import ModelInfo, TokenLogprob
+from server.api.answers import client_left, finite, new_id, off_loop, usage, wait_for_all
+from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answer
+from server.errors import InvalidRequest, UnsupportedParameter
+from server.generation import Delta, Done, Event, Failed, Generation, read
+from server.responses import json_response
+from server.services import Services, Shared
+from server.sse import DONE, EventStream, data_frame
+
+router = APIRouter()
+
+MAX_PROMPTS = 64
+DEFAULT_MAX_TOKENS = 16
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+_LATER = "it comes in a later release of this server"
+
+
+class CompletionRequest(SamplingFields):
+    prompt: str | TokenIds | Prompts
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(default=None, ge=1)
+    suffix: str | None = None
+
+    def check(self) -> None:
+        """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
+        self.refuse(
+            {
+                "suffix": "this model completes at the end only",
+                "regex": _LATER,
+                "grammar": _LATER,
+                "response_format": _LATER,
+            }
+        )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise UnsupportedParameter(
+                "`best_of` other than `n` is not supported: ask for `n` answers and choose",
+                param="best_of",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest(
+                "`max_tokens` 0 is possible with `echo: true` only; ask for at least 1",
+                param="max_tokens",
+            )
+
+    async def prompts(self, services: Services) -> list[list[int]]:
+        """The token ids of each prompt."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            texts: list[str] | None = [prompt]
+        elif prompt and isinstance(prompt[0], str):
+            texts = [text for text in prompt if isinstance(text, str)]
+        else:
+            texts = None
+        if texts is not None:
+            encode = services.tokenizer.encode_prompt
+            ids = await off_loop(sum(map(len, texts)), lambda: [encode(text) for text in texts])
+        elif isinstance(prompt[0], int):
+            ids = [[i for i in prompt if isinstance(i, int)]]
+        else:
+            ids = [list(one) for one in prompt if isinstance(one, list)]
+        last = services.files.config.vocab_size - 1
+        for one in ids:
+            if not one:
+                raise InvalidRequest("`prompt` is empty; give at least one token", param="prompt")
+            if max(one) > last:
+                raise InvalidRequest(
+                    f"`prompt` has token {max(one)}; this model's ids go to {last}", param="prompt"
+                )
+        return ids
+
+
+@router.post("/v1/completions", operation_id="create_completion")
+async def create_completion(
+    body: CompletionRequest, request: Request, services: Shared
+) -> Response:
+    """The continuation of a text or of token ids, whole or as a stream."""
+    body.check()
+    model = services.client.check_ready()
+    prompts = await body.prompts(services)
+    max_tokens = _max_tokens(model, prompts, body.max_tokens)
+    params = msgspec.structs.replace(
+        body.sampling_params(services, max_tokens=max(max_tokens, 1), top_logprobs=body.logprobs),
+        prompt_logprobs=body.echo and body.logprobs is not None,
+    )
+    n = body.n or 1
+    generations = services.generations.start(prompts, params, n=n, stop=body.stop or [])
+    answer = _Answer(services, body, generations, drop_output=max_tokens == 0)
+    headers = {"x-headwater-generation": generations[0].id}
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(
+            answer.frames(include_usage),
+            on_close=lambda: services.generations.cancel(generations),
+            send_timeout=services.settings.send_timeout,
+            headers=headers,
+        )
+    if not await wait_for_all(request, generations, services.generations):
+        return client_left()
+    return json_response(answer.whole(), headers=headers)
+
+
+def _max_tokens(model: ModelInfo, prompts: list[list[int]], asked: int | None) -> int:
+    longest = max(map(len, prompts))
+    if asked is None:
+        return min(DEFAULT_MAX_TOKENS, room_for_answer(model, longest, None, param="prompt"))
+    room_for_answer(model, longest, max(asked, 1), param="prompt")
+    return asked
+
+
+class _Answer:
+    """The completions wire of one request's generations. With `echo` the prompt comes first."""
+
+    def __init__(
+        self,
+        services: Services,
+        body: CompletionRequest,
+        generations: list[Generation],
+        *,
+        drop_output: bool,
+    ) -> None:
+        self._tokenizer = services.tokenizer
+        self._metrics = services.metrics
+        self._generations = generations
+        self._n = body.n or 1
+        self._echo = body.echo
+        self._top_logprobs = body.logprobs
+        self._drop_output = drop_output
+        self._offsets = [0] * len(generations)  # characters of each choice so far
+        self._head: dict[str, Any] = {
+            "id": new_id("cmpl-"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": services.files.name,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for i, generation in enumerate(self._generations):
+            finish_reason = "length" if self._drop_output else generation.end.finish_reason
+            text = ""
+            logprobs: list[TokenLogprob] = []
+            if self._echo:
+                text, logprobs = self._prompt_part(generation)
+            if not self._drop_output:
+                text += generation.text
+                logprobs += [p for e in generation.log if isinstance(e, Delta) for p in e.logprobs]
+            choices.append(self._choice(i, text, logprobs, finish_reason))
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    async def frames(self, include_usage: bool) -> AsyncIterator[bytes]:
+        """Text, one finish reason a choice, usage if asked for, `[DONE]`; or an error frame, then
+        `[DONE]`."""
+        echoed = set[int]()
+        async for batch in read(self._generations):
+            frames: list[bytes] = []
+            for i, event in batch:
+                if isinstance(event, Failed):
+                    self._metrics.errors.labels(event.error.code).inc()
+                    yield b"".join([*frames, data_frame(event.error.body()), DONE])
+                    return
+                if self._echo and i not in echoed:
+                    echoed.add(i)
+                    frames.append(self._frame(i, *self._prompt_part(self._generations[i])))
+                frames += self._event_frames(i, event)
+            if frames:
+                yield b"".join(frames)
+        last = DONE
+        if include_usage:
+            last = data_frame({**self._head, "choices": [], "usage": self._usage()}) + DONE
+        yield last
+
+    def _event_frames(self, index: int, event: Event) -> list[bytes]:
+        match event:
+            case Delta() if not self._drop_output and (event.text or event.logprobs):
+                return [self._frame(index, event.text, event.logprobs)]
+            case Done():
+                reason = "length" if self._drop_output else event.finish_reason
+                return [self._frame(index, "", [], reason)]
+        return []
+
+    def _frame(
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprob],
+        finish_reason: str | None = None,
+    ) -> bytes:
+        return data_frame(
+            {**self._head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
+        )
+
+    def _choice(
+        self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None
+    ) -> dict[str, Any]:
+        listed = None
+        if self._top_logprobs is not None and (logprobs or finish_reason is None):
+            listed = self._logprobs(index, logprobs)
+        self._offsets[index] += len(text)
+        return {"index": index, "text": text, "logprobs": listed, "finish_reason": finish_reason}
+
+    def _prompt_part(self, generation: Generation) -> tuple[str, list[TokenLogprob]]:
+        ids = generation.prompt_token_ids
+        text = self._tokenizer.decode(ids, skip_special=False)
+        if self._top_logprobs is None:
+            return text, []
+        first = TokenLogprob(ids[0], float("nan"))  # nothing comes before it
+        return text, [first, *generation.prompt_logprobs]
+
+    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        piece = self._tokenizer.piece
+        offsets, offset = [], self._offsets[index]
+        for entry in logprobs:
+            offsets.append(offset)
+            offset += len(piece(entry.token_id))
+        known = [entry.logprob == entry.logprob for entry in logprobs]
+        return {
+            "tokens": [piece(entry.token_id) for entry in logprobs],
+            "token_logprobs": [
+                finite(entry.logprob) if there else None
+                for entry, there in zip(logprobs, known, strict=True)
+            ],
+            "top_logprobs": [
+                {piece(token_id): finite(logprob) for token_id, logprob in entry.top}
+                if there
+                else None
+                for entry, there in zip(logprobs, known, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        count = usage(self._generations, num_choices=self._n)
+        if self._drop_output:
+            count["total_tokens"] -= count["completion_tokens"]
+            count["completion_tokens"] = 0
+        return count

@@ -1,0 +1,43 @@
+"""GET /health (alive), /ready (takes requests), /metrics, /version"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+import server
+from server.responses import json_response
+from server.services import Shared
+
+router = APIRouter()
+
+
+@router.get("/health", operation_id="health")
+async def health() -> Response:
+    """200 as long as this process answers."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/ready", operation_id="ready")
+async def ready(services: Shared) -> Response:
+    """200 when the engine takes requests, else 503 with the reason."""
+    reason = services.client.unready_reason()
+    if reason is None:
+        return json_response({"status": "ready", "model": services.files.name})
+    return json_response(
+        {"status": services.client.state, "reason": reason}, 503, {"Retry-After": "1"}
+    )
+
+
+@router.get("/metrics", operation_id="metrics")
+async def metrics(services: Shared) -> Response:
+    """Prometheus' text format."""
+    return Response(
+        services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
+
+
+@router.get("/version", operation_id="version")
+async def version(services: Shared) -> Response:
+    """The server's version and the model it serves."""
+    return json_response({"version": server.__version__, "model": services.files.name})

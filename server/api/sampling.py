@@ -1,0 +1,140 @@
+"""The sampling fields that chat and completions have in common, with their bounds."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from model.engine.messages import ModelInfo
+from model.engine.request import SamplingParams
+from server.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from server.services import Services
+
+MAX_N = 8
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class SamplingFields(BaseModel):
+    """Unknown harmless fields are ignored; those that would change the meaning are refused by
+    `refuse`."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = Field(default=None, max_length=1024)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=-1, le=1_000_000)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: (
+        dict[
+            Annotated[int, Field(ge=0)],
+            Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
+        ]
+        | None
+    ) = Field(default=None, max_length=MAX_LOGIT_BIAS)
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    seed: int | None = Field(default=None, ge=-(2**63), le=MAX_SEED)
+    stop: Stops | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=64)
+    min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def sampling_params(
+        self, services: Services, *, max_tokens: int, top_logprobs: int | None
+    ) -> SamplingParams:
+        """The engine's parameters: what the request says, else the model's own defaults.
+
+        Raises InvalidRequest for token ids beyond the vocabulary and min_tokens > max_tokens."""
+        defaults = services.sampling_defaults
+        vocab_size = services.files.config.vocab_size
+        for param, ids in (
+            ("logit_bias", self.logit_bias or {}),
+            ("stop_token_ids", self.stop_token_ids or []),
+        ):
+            if ids and max(ids) >= vocab_size:
+                raise InvalidRequest(
+                    f"`{param}` names token {max(ids)}; this model's ids go to {vocab_size - 1}",
+                    param=param,
+                )
+        min_tokens = self.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"`min_tokens` ({min_tokens}) is more than the {max_tokens} tokens that the answer "
+                "may have",
+                param="min_tokens",
+            )
+
+        def pick(name: str, otherwise: float) -> float:
+            value = getattr(self, name)
+            return float(defaults.get(name, otherwise) if value is None else value)
+
+        return SamplingParams(
+            temperature=pick("temperature", 1.0),
+            top_k=max(int(pick("top_k", 0)), 0),
+            top_p=pick("top_p", 1.0),
+            min_p=pick("min_p", 0.0),
+            repetition_penalty=pick("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            top_logprobs=top_logprobs,
+            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
+        )
+
+    def refuse(self, reasons: dict[str, str]) -> None:
+        """Raise UnsupportedParameter for a field in `reasons` that is there and says something."""
+        said: dict[str, Any] = {**(self.model_extra or {})}
+        for name, reason in reasons.items():
+            if said.get(name, getattr(self, name, None)) not in (None, False, [], {}, ""):
+                raise UnsupportedParameter(f"`{name}` is not supported: {reason}", param=name)
+
+
+def room_for_answer(
+    model: ModelInfo, num_prompt_tokens: int, max_tokens: int | None, *, param: str
+) -> int:
+    """How many tokens the answer may have. Raises ContextLengthExceeded, with the numbers, when the
+    prompt or the asked answer does not fit: nothing is ever cut silently."""
+    room = model.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"the model's context length is {model.max_model_len} tokens, and the prompt alone has "
+            f"{num_prompt_tokens}; shorten it by at least {1 - room} tokens",
+            param=param,
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise ContextLengthExceeded(
+            f"the model's context length is {model.max_model_len} tokens, but "
+            f"{num_prompt_tokens + max_tokens} were asked for ({num_prompt_tokens} in the prompt, "
+            f"{max_tokens} for the answer); shorten the prompt or ask for at most {room}",
+            param=param,
+        )
+    return room if max_tokens is None else max_tokens

@@ -1,0 +1,69 @@
+"""POST /tokenize and POST /detokenize"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from server.api.answers import off_loop
+from server.api.chat import MAX_MESSAGES, ChatMessage, prompt_token_ids
+from server.errors import InvalidRequest
+from server.responses import json_response
+from server.services import Shared
+
+router = APIRouter()
+
+MAX_TOKENS = 1_000_000
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    text: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_TOKENS)
+
+
+@router.post("/tokenize", operation_id="tokenize")
+async def tokenize(body: TokenizeRequest, services: Shared) -> Response:
+    """Text, or messages by the chat template, as token ids and their pieces."""
+    if (body.text is None) == (body.messages is None):
+        raise InvalidRequest("give either `text` or `messages`", param="text")
+    if body.messages is not None:
+        ids = await prompt_token_ids(services, body.messages)
+    else:
+        text = body.text or ""
+        ids = await off_loop(len(text), lambda: services.tokenizer.encode(text))
+    model = services.client.model
+    return json_response(
+        {
+            "tokens": ids,
+            "pieces": [services.tokenizer.piece(i) for i in ids],
+            "count": len(ids),
+            "max_model_len": None if model is None else model.max_model_len,
+        }
+    )
+
+
+@router.post("/detokenize", operation_id="detokenize")
+async def detokenize(body: DetokenizeRequest, services: Shared) -> Response:
+    """Token ids as text, special tokens spelled out."""
+    last = services.files.config.vocab_size - 1
+    if body.tokens and max(body.tokens) > last:
+        raise InvalidRequest(
+            f"`tokens` has {max(body.tokens)}; this model's ids go to {last}", param="tokens"
+        )
+    text = await off_loop(
+        4 * len(body.tokens), lambda: services.tokenizer.decode(body.tokens, skip_special=False)
+    )
+    return json_response({"text": text, "count": len(body.tokens)})

@@ -1,0 +1,120 @@
+"""create_app(settings): the factory, the lifespan, the routers, the error handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import server
+from model.hub import ModelFiles
+from server.api import chat, completions, health, models, tokens
+from server.errors import (
+    HeadwaterError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooLarge,
+    ServerDraining,
+    ServerError,
+)
+from server.middleware import MAX_BODY_BYTES, RequestGate
+from server.responses import error_response, validation_error
+from server.services import Services
+from server.settings import Settings
+from server.text.tokenizer import TokenizerError
+
+log = structlog.get_logger()
+
+def create_app(settings: Settings, files: ModelFiles) -> FastAPI:
+    """The application that serves `files`. The engine is spawned when it starts up."""
+    services = Services.create(settings, files)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        services.supervisor.start()
+        try:
+            yield
+        finally:
+            services.client.draining = True
+            services.generations.end_all(ServerDraining("the server stops", retry_after=5))
+            await services.supervisor.stop()
+
+    app = FastAPI(
+        title="Headwater",
+        version=server.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.services = services
+    for router in (chat, completions, models, tokens, health):
+        app.include_router(router.router)
+    _handle_errors(app, services)
+    app.add_middleware(RequestGate, metrics=services.metrics)
+    return app
+
+
+def begin_drain(app: FastAPI, grace: float, then: Callable[[], None]) -> None:
+    """Refuse new work; give running generations `grace` seconds, end the rest, and call `then`."""
+    services: Services = app.state.services
+    if services.client.draining:
+        return
+    services.client.draining = True
+
+    async def drain() -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace
+        while len(services.generations) and loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        services.generations.end_all(
+            ServerDraining("the server is shutting down; send the request again", retry_after=5)
+        )
+        await asyncio.sleep(0.05)  # one turn of the loop for the last frames to leave
+        then()
+
+    services.draining = asyncio.get_running_loop().create_task(drain(), name="drain")
+
+
+def _handle_errors(app: FastAPI, services: Services) -> None:
+    def answer(error: HeadwaterError) -> Response:
+        services.metrics.errors.labels(error.code).inc()
+        return error_response(error)
+
+    @app.exception_handler(HeadwaterError)
+    async def known(_: Request, error: HeadwaterError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(TokenizerError)
+    async def not_unicode(_: Request, error: TokenizerError) -> Response:
+        return answer(InvalidRequest(str(error)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return answer(validation_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        path, method = request.scope["path"], request.scope["method"]
+        if error.status_code == 404:
+            return answer(NotFound(f"there is nothing at {path}"))
+        if error.status_code == 405:
+            response = answer(MethodNotAllowed(f"{method} is not possible on {path}"))
+            response.headers.update(error.headers or {})
+            return response
+        if error.status_code == 413:
+            return answer(RequestTooLarge(f"the body is over {MAX_BODY_BYTES} bytes"))
+        if error.status_code < 500:
+            return answer(InvalidRequest(str(error.detail)))
+        return answer(ServerError("something went wrong in the server; it is in its log"))
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        log.error("unhandled", path=request.scope["path"], exc_info=error)
+        return answer(ServerError("something went wrong in the server; it is in its log"))

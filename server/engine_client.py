@@ -1,0 +1,227 @@
+"""EngineClient: the API process's end of the channel to the engine.
+
+Submits go out, outputs come in and are routed to the sink of their request. One frame holds what a
+whole step made, so this costs one wake-up a step however many streams there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import structlog
+
+from model.engine.messages import (
+    Abort,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    Heartbeat,
+    ModelInfo,
+    Shutdown,
+    Start,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    TokenOutput,
+    encode_frame,
+    frame_length,
+    from_engine_decoder,
+)
+from server.errors import EngineRestarting, EngineStarting, HeadwaterError, ServerDraining
+
+log = structlog.get_logger()
+
+State = Literal["starting", "ready", "restarting", "failed", "stopped"]
+Sink = Callable[[TokenOutput | HeadwaterError], None]
+
+UNREADY_AFTER_SECONDS = 3.0  # without a heartbeat
+
+
+class EngineChannel(asyncio.Protocol):
+    """Frames over the socketpair, for one engine process."""
+
+    def __init__(self, on_message: Callable[[FromEngine], None]) -> None:
+        self._on_message = on_message
+        self._data = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self.closed = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        start = 0
+        while len(self._data) - start >= 4:
+            length = frame_length(bytes(self._data[start : start + 4]))
+            end = start + 4 + length
+            if len(self._data) < end:
+                break
+            body = bytes(self._data[start + 4 : end])
+            start = end
+            self._on_message(from_engine_decoder.decode(body))
+        del self._data[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.closed.set()
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a frame; nothing happens when the engine is gone."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode_frame(message))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class EngineClient:
+    """State of the engine as the API sees it, and the requests that are in it.
+
+    The supervisor calls `attach` for every engine process it spawns, and `lost` when one is gone;
+    everybody else calls `submit`, `abort` and `check_ready`.
+    """
+
+    def __init__(self) -> None:
+        self.state: State = "starting"
+        self.draining = False
+        self.model: ModelInfo | None = None
+        self.failure: str | None = None
+        self.stats = EngineStats()
+        self.ready = asyncio.Event()
+        self.epoch = 0
+        self.last_heartbeat = 0.0
+        self.last_progress = 0.0
+        self._steps = -1
+        self._channel: EngineChannel | None = None
+        self._sinks: dict[str, Sink] = {}
+
+    # ----------------------------------------------------------------------- for the supervisor
+
+    def attach(self, epoch: int) -> EngineChannel:
+        """A channel for the engine process of this epoch; messages of older ones are dropped."""
+        self.epoch = epoch
+        self._steps = -1
+        self.last_heartbeat = self.last_progress = time.monotonic()
+
+        def on_message(message: FromEngine) -> None:
+            if self.epoch == epoch:
+                self._receive(message)
+
+        self._channel = EngineChannel(on_message)
+        return self._channel
+
+    def start(self, message: Start) -> None:
+        assert self._channel is not None
+        self._channel.send(message)
+
+    def shutdown(self) -> None:
+        """Ask the engine to leave; it also does when the channel closes."""
+        self.state = "stopped"
+        self.ready.clear()
+        if self._channel is not None:
+            self._channel.send(Shutdown())
+            self._channel.close()
+
+    def lost(self, state: State, error: HeadwaterError) -> None:
+        """The engine process is gone: every request in it ends with `error`."""
+        self.state = state
+        self.ready.clear()
+        self.epoch = -1
+        self.stats = EngineStats()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(error)
+
+    # --------------------------------------------------------------------------- for the others
+
+    @property
+    def num_requests(self) -> int:
+        """Requests submitted and not finished."""
+        return len(self._sinks)
+
+    def unready_reason(self) -> str | None:
+        """Why the engine takes no requests now; None when it does."""
+        if self.draining:
+            return "the server is shutting down"
+        if self.state == "starting":
+            return "the engine is starting"
+        if self.state == "restarting":
+            return "the engine died and is being restarted"
+        if self.state != "ready":
+            return self.failure or "the engine is stopped"
+        if time.monotonic() - self.last_heartbeat > UNREADY_AFTER_SECONDS:
+            return "the engine does not answer"
+        return None
+
+    def check_ready(self) -> ModelInfo:
+        """The served model. Raises an Overloaded error while no engine can take requests."""
+        reason = self.unready_reason()
+        if reason is None and self.model is not None:
+            return self.model
+        text = f"{reason}; try again in a moment"
+        if self.draining or self.state == "stopped":
+            raise ServerDraining(text, retry_after=5)
+        if self.state == "starting":
+            raise EngineStarting(text, retry_after=2)
+        raise EngineRestarting(text, retry_after=2)
+
+    def submit(self, message: Submit, sink: Sink) -> None:
+        """Send a request; `sink` gets its outputs, in order, and at most one error."""
+        self.check_ready()
+        assert self._channel is not None
+        if not self._sinks:  # an idle engine makes no progress: the clock starts with the work
+            self.last_progress = time.monotonic()
+        self._sinks[message.request_id] = sink
+        self._channel.send(message)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Forget these requests and have their blocks back; ids that are done are ignored."""
+        known = [i for i in request_ids if self._sinks.pop(i, None) is not None]
+        if known and self._channel is not None:
+            self._channel.send(Abort(known))
+
+    # --------------------------------------------------------------------------------- messages
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case StepOutputs():
+                self.last_progress = time.monotonic()
+                self.stats = message.stats
+                for output in message.outputs:
+                    sink = self._sinks.get(output.request_id)
+                    if sink is None:
+                        continue  # aborted on this side already
+                    if output.finish_reason is not None:
+                        del self._sinks[output.request_id]
+                    self._deliver(sink, output)
+            case Heartbeat():
+                self.last_heartbeat = time.monotonic()
+                if message.steps != self._steps or not message.pending:
+                    self._steps = message.steps
+                    self.last_progress = self.last_heartbeat
+            case EngineReady():
+                self.model = message.model
+                self.stats = EngineStats(
+                    blocks_total=message.model.num_blocks, blocks_free=message.model.num_blocks
+                )
+                self.last_heartbeat = time.monotonic()
+                self.state = "ready"
+                self.ready.set()
+            case EngineFailed():
+                self.failure = message.message
+
+    @staticmethod
+    def _deliver(sink: Sink, output: TokenOutput) -> None:
+        try:
+            sink(output)
+        except Exception:  # one request's trouble must not stop the routing of the others
+            log.exception("delivery_failed", request=output.request_id)

@@ -1,0 +1,140 @@
+"""The error tree, and the one JSON shape of the wire.
+
+HeadwaterError
+|- InvalidRequest           400  invalid_value
+|  |- UnsupportedParameter  400  unsupported_parameter
+|  |- ContextLengthExceeded 400  context_length_exceeded
+|  |- NotFound              404  not_found
+|  |- MethodNotAllowed      405  invalid_value
+|  |- RequestTooLarge       413  request_too_large
+|  `- UnsupportedMediaType  415  unsupported_media_type
+|- Overloaded               503  (with Retry-After)
+|  |- QueueFull             503  queue_full
+|  |- EngineStarting        503  engine_starting
+|  |- EngineRestarting      503  engine_restarting
+|  `- ServerDraining        503  server_draining
+`- ServerError              500  internal
+   `- EngineCrash           500  engine_crash
+
+{"error": {"message": ..., "type": ..., "code": ..., "param": ...}}
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from model.engine.messages import RequestError
+
+
+class HeadwaterError(Exception):
+    """What a client is told: `message` says what is wrong, what was expected, what to do."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, also of an error frame in a stream."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "code": self.code,
+                "param": self.param,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        if self.retry_after is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+
+class InvalidRequest(HeadwaterError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class UnsupportedParameter(InvalidRequest):
+    default_code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    default_code = "context_length_exceeded"
+
+
+class NotFound(InvalidRequest):
+    status = 404
+    default_code = "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+
+
+class RequestTooLarge(InvalidRequest):
+    status = 413
+    default_code = "request_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+    default_code = "unsupported_media_type"
+
+
+class Overloaded(HeadwaterError):
+    status = 503
+    type = "overloaded_error"
+    default_code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after=retry_after)
+
+
+class QueueFull(Overloaded):
+    default_code = "queue_full"
+
+
+class EngineStarting(Overloaded):
+    default_code = "engine_starting"
+
+
+class EngineRestarting(Overloaded):
+    default_code = "engine_restarting"
+
+
+class ServerDraining(Overloaded):
+    default_code = "server_draining"
+
+
+class ServerError(HeadwaterError):
+    pass
+
+
+class EngineCrash(ServerError):
+    default_code = "engine_crash"
+
+
+def from_engine(error: RequestError) -> HeadwaterError:
+    """The engine's word on one request, as an exception of this tree."""
+    if error.code == "context_length_exceeded":
+        return ContextLengthExceeded(error.message)
+    if error.type == "invalid_request_error":
+        return InvalidRequest(error.message, code=error.code)
+    return ServerError(error.message, code=error.code)

@@ -1,0 +1,66 @@
+"""Server-sent events: the one place that writes frames.
+
+A stream ends in one of four ways: its events run out; the client leaves; the client reads too
+slowly for `send_timeout`; the server stops (the generations then end with an error event). In every
+case `on_close` is called exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import msgspec
+import structlog
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+log = structlog.get_logger()
+
+# Streams end by themselves when the server stops; the library would cut them at once.
+AppStatus.enable_automatic_graceful_drain = False
+
+PING_SECONDS = 10
+DONE = b"data: [DONE]\n\n"
+
+_encoder = msgspec.json.Encoder()
+
+
+def data_frame(document: Any) -> bytes:
+    """`data: {...}` and an empty line. JSON has no raw newline, so one line is enough."""
+    return b"data: " + _encoder.encode(document) + b"\n\n"
+
+
+def _ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
+class EventStream(EventSourceResponse):
+    """Frames of bytes from `frames`, comments in between, and `on_close` at the end."""
+
+    def __init__(
+        self,
+        frames: AsyncIterator[bytes],
+        *,
+        on_close: Callable[[], None],
+        send_timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            frames,
+            headers=headers,
+            ping=PING_SECONDS,
+            ping_message_factory=_ping,
+            sep="\n",
+            send_timeout=send_timeout,
+        )
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("slow_reader_dropped", path=scope["path"], seconds=self.send_timeout)
+        finally:
+            self._on_close()

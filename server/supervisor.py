@@ -1,0 +1,196 @@
+"""Supervisor: spawns the engine process, watches it, restarts it.
+
+    starting -> ready -> (restarting -> ready)* -> failed
+
+An engine is dead when its process exits or its channel closes. It hangs when no heartbeat comes,
+or no step ends while there is work, for `engine_timeout` seconds: then its stacks are logged and it
+is killed. Restarts back off; too many deaths in a short time end the server with exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+
+import structlog
+
+from model.engine.messages import Start
+from model.hub import ModelFiles
+from server.engine_client import EngineClient
+from server.errors import EngineCrash, EngineRestarting
+from server.metrics import Metrics
+from server.settings import Settings
+
+log = structlog.get_logger()
+
+MAX_DEATHS = 5
+DEATHS_WITHIN_SECONDS = 60.0
+# libgomp's threads spin for milliseconds at a barrier by default: on a machine where another
+# process has one of the cores, that makes every small parallel region wait for a time slice.
+_SPIN_SHORTLY = {"GOMP_SPINCOUNT": "2000"}
+WATCH_SECONDS = 0.5
+STOP_SECONDS = 3.0
+
+
+class Supervisor:
+    """Keeps one engine process alive for `client`."""
+
+    def __init__(
+        self, settings: Settings, files: ModelFiles, client: EngineClient, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._files = files
+        self._metrics = metrics
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.failed = asyncio.Event()  # no engine will come back
+
+    @property
+    def engine_pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Spawn the first engine and keep watching, in the background."""
+        self._task = asyncio.create_task(self._run(), name="supervisor")
+
+    async def stop(self) -> None:
+        """End the engine process: a word first, SIGKILL after a while."""
+        self._stopping = True
+        self._client.shutdown()
+        if self._process is not None and self._process.returncode is None:
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            except TimeoutError:
+                self._kill()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._process is not None:
+            await self._process.wait()
+
+    # -------------------------------------------------------------------------------- details
+
+    async def _run(self) -> None:
+        deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        epoch = 0
+        while True:
+            epoch += 1
+            was_ready = await self._one_engine(epoch)
+            if self._stopping:
+                return
+            deaths.append(time.monotonic())
+            self._metrics.restarts.inc()
+            too_many = len(deaths) == MAX_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN_SECONDS
+            if too_many or self._client.failure is not None or (epoch == 1 and not was_ready):
+                reason = self._client.failure or "the engine process keeps dying"
+                self._client.failure = reason
+                log.error("engine_failed", reason=reason, deaths=len(deaths))
+                self._client.lost("failed", EngineCrash(f"{reason}; the server stops"))
+                self.failed.set()
+                return
+            self._client.lost(
+                "restarting",
+                EngineRestarting("the engine died and is being restarted; send the request again"),
+            )
+            delay = 0.0 if len(deaths) == 1 else min(0.25 * 2 ** (len(deaths) - 2), 5.0)
+            log.warning("engine_restarting", deaths=len(deaths), delay_s=delay)
+            await asyncio.sleep(delay)
+
+    async def _one_engine(self, epoch: int) -> bool:
+        """Run one engine process to its end. True if it was ready once."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # the current folder must not shadow our packages
+                "-m",
+                "model.engine",
+                "--fd",
+                str(theirs.fileno()),
+                "--parent",
+                str(os.getpid()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                env=_SPIN_SHORTLY | os.environ,
+            )
+        channel = self._client.attach(epoch)
+        await asyncio.get_running_loop().create_connection(lambda: channel, sock=ours)
+        self._client.start(self._start_message(epoch))
+        exited = asyncio.create_task(self._process.wait())
+        closed = asyncio.create_task(channel.closed.wait())
+        try:
+            while not exited.done() and not closed.done():
+                await asyncio.wait(
+                    {exited, closed},
+                    timeout=WATCH_SECONDS,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not exited.done() and self._hangs():
+                    await self._dump_stacks()
+                    self._kill()
+            if not exited.done():
+                # The channel closed. A process on its way out gets a moment, then no more.
+                await asyncio.wait({exited}, timeout=0.2)
+                if not exited.done() and not self._stopping:
+                    self._kill()
+            return_code = await exited
+            if not self._stopping:
+                log.warning("engine_died", pid=self._process.pid, return_code=return_code)
+            return self._client.ready.is_set()
+        finally:
+            exited.cancel()
+            closed.cancel()
+
+    def _hangs(self) -> bool:
+        if self._client.state != "ready":
+            return False
+        timeout = self._settings.engine_timeout
+        now = time.monotonic()
+        return (
+            now - self._client.last_heartbeat > timeout
+            or now - self._client.last_progress > timeout
+        )
+
+    async def _dump_stacks(self) -> None:
+        """Ask faulthandler in the engine for all its stacks (they go to our stderr)."""
+        assert self._process is not None
+        log.error("engine_hangs", pid=self._process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(signal.SIGUSR1)
+        await asyncio.sleep(0.2)
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _start_message(self, epoch: int) -> Start:
+        settings, files = self._settings, self._files
+        return Start(
+            epoch=epoch,
+            name=files.name,
+            config=files.config,
+            weights=tuple(str(path) for path in files.weights),
+            fingerprint=files.fingerprint,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+            block_size=settings.block_size,
+            kv_memory=settings.kv_memory,
+            check_accounting=settings.check_accounting,
+        )

@@ -1,0 +1,43 @@
+"""Fixtures for all tests. Nothing here needs the network beyond what `headwater pull` fetched."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: its threads must not spin while other processes want the core.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.server import Server, serving
+from tests.fixtures.tiny import make_tiny
+from tests.fixtures.tiny_tokenizer import write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 512 tokens with a tokenizer and ChatML, for servers that start fast."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    make_tiny("llama", folder, max_position_embeddings=512)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model: Path) -> Iterator[Server]:
+    """A real server process on a real socket with the tiny model, shared by all tests that leave
+    it as they found it."""
+    with serving(str(tiny_model), "--max-num-seqs", "32") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def default_server() -> Iterator[Server]:
+    """A real server process with the default model."""
+    with serving("smollm2-135m") as server:
+        yield server

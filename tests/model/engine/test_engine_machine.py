@@ -1,0 +1,100 @@
+"""Random admits, steps, aborts, forks and evictions on pool, index and scheduler together."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.model.engine.simulation import make_engine, oracle, run_to_end, submit
+
+NUM_BLOCKS = 12
+BLOCK_SIZE = 3
+LIMIT = NUM_BLOCKS * BLOCK_SIZE
+
+# 100 runs of 100 steps: 10,000 steps.
+STEPS = settings(max_examples=100, stateful_step_count=100, deadline=None)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine, self.runner = make_engine(
+            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=5, max_num_batched_tokens=9
+        )
+        self.prompts: dict[str, list[int]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+
+    def _admit(self, prompt: list[int], max_tokens: int) -> None:
+        request_id = f"r{len(self.prompts)}"
+        self.prompts[request_id] = prompt
+        self.tokens[request_id] = []
+        submit(self.engine, request_id, prompt, max_tokens)
+
+    def _live(self) -> list[str]:
+        return [i for i in self.prompts if i in self.engine.scheduler]
+
+    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20), more=st.integers(1, 12))
+    def admit(self, prompt: list[int], more: int) -> None:
+        self._admit(prompt, more)
+
+    @rule(data=st.data(), extra=st.lists(st.integers(0, 2), max_size=3))
+    def fork(self, data: st.DataObject, extra: list[int]) -> None:
+        """A new request that shares a prefix of what another one said so far."""
+        if self.prompts:
+            parent = data.draw(st.sampled_from(sorted(self.prompts)))
+            known = self.prompts[parent] + self.tokens[parent]
+            cut = data.draw(st.integers(1, len(known)))
+            prompt = (known[:cut] + extra)[: LIMIT - 2]
+            self._admit(prompt, 4)
+
+    @rule(num_steps=st.integers(1, 4))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if self.engine.has_work:
+                self._hear(self.engine.step().outputs)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if live := self._live():
+            victim = data.draw(st.sampled_from(live))
+            self.aborted.add(victim)
+            self.engine.abort([victim])
+
+    @rule(data=st.data())
+    def abort_within_a_step(self, data: st.DataObject) -> None:
+        if live := self._live():
+            victim = data.draw(st.sampled_from(live))
+            self.aborted.add(victim)
+            self._hear(self.engine.step(lambda: self.engine.abort([victim])).outputs)
+
+    @rule()
+    def evict_everything_that_is_cached(self) -> None:
+        pool = self.engine.scheduler.pool
+        taken = [pool.allocate() for _ in range(pool.num_available)]
+        assert pool.allocate() is None
+        for block in taken:
+            assert block is not None
+            pool.release(block, keep=False)
+
+    def _hear(self, outputs: list) -> None:  # type: ignore[type-arg]
+        for output in outputs:
+            assert output.request_id not in self.aborted, "an aborted request spoke"
+            self.tokens[output.request_id] += output.token_ids
+
+    @invariant()
+    def accounting_is_exact(self) -> None:
+        self.engine.scheduler.check()
+
+    def teardown(self) -> None:
+        for request_id, tokens in run_to_end(self.engine, max_steps=2000).items():
+            self.tokens[request_id] += tokens
+        pool = self.engine.scheduler.pool
+        assert pool.num_free + pool.num_cached == NUM_BLOCKS
+        for request_id, prompt in self.prompts.items():
+            answer = oracle(prompt, 12, LIMIT)
+            said = self.tokens[request_id]
+            assert said == answer[: len(said)]
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = STEPS

@@ -1,0 +1,76 @@
+"""KVCache: sizes, and blocks that go out and come back exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.kv import KVCache
+from model.ops.reference import ReferenceOps
+from tests.fixtures.tiny import make_tiny
+from tests.model.decoding import Pool, load_decoder, make_tokens, read_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("kv"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sizes(folder: Path, dtype: torch.dtype) -> None:
+    ops = ReferenceOps(dtype=dtype)
+    config = read_config(folder)
+    kv = KVCache(config, 6, 4, ops)
+    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    assert kv.bytes_per_token == per_token
+    assert kv.bytes_per_block == 4 * per_token == KVCache.measure_block(config, 4, ops)
+    assert kv.tensor.nbytes == 6 * kv.bytes_per_block
+    assert kv.layout != KVCache(config, 6, 8, ops).layout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_come_back_exactly(folder: Path, dtype: torch.dtype) -> None:
+    """All bit patterns, NaNs among them, into other blocks of another cache."""
+    config, ops = read_config(folder), ReferenceOps(dtype=dtype)
+    kv = KVCache(config, 6, 4, ops)
+    noise = torch.randint(0, 256, (kv.tensor.nbytes,), dtype=torch.uint8)
+    kv.tensor.view(-1).view(torch.uint8).copy_(noise)
+    data = kv.copy_out([4, 1, 5])
+    assert [len(block) for block in data] == [kv.bytes_per_block] * 3
+    other = KVCache(config, 6, 4, ops)
+    for block_id, block in zip((0, 2, 3), data, strict=True):
+        other.copy_in(block_id, memoryview(block))
+    assert other.copy_out([0, 2, 3]) == data
+    assert other.copy_out([1, 4, 5]) == [bytes(kv.bytes_per_block)] * 3
+    assert kv.copy_out([]) == []
+
+
+def test_a_sequence_goes_on_from_restored_blocks(folder: Path) -> None:
+    """Decoding over blocks that were copied into another cache gives the same bits."""
+    decoder = load_decoder(folder)
+    tokens = make_tokens(33)
+    first = Pool(decoder, [tokens], block_size=4)
+    first.run(0, [32])
+    second = Pool(decoder, [tokens], block_size=4)
+    second.tables[0].reverse()
+    blocks = first.kv.copy_out(first.tables[0][:8])
+    for block_id, data in zip(second.tables[0][:8], blocks, strict=True):
+        second.kv.copy_in(block_id, data)
+    second.computed[0] = 32
+    assert torch.equal(first.run(0, [1]), second.run(0, [1]))
+
+
+def test_wrong_blocks_and_lengths_are_refused(folder: Path) -> None:
+    config, ops = read_config(folder), ReferenceOps()
+    kv = KVCache(config, 6, 4, ops)
+    with pytest.raises(ValueError, match="block 6 is outside the 6"):
+        kv.copy_out([0, 6])
+    with pytest.raises(ValueError, match="block -1 is outside the 6"):
+        kv.copy_in(-1, bytes(kv.bytes_per_block))
+    with pytest.raises(ValueError, match=f"{kv.bytes_per_block} bytes, got 3"):
+        kv.copy_in(0, b"abc")
+    assert not kv.tensor.any()
+    with pytest.raises(ValueError, match="at least one block"):
+        KVCache(config, 0, 4, ops)
