@@ -5,6 +5,8 @@ Written once over the ops. It knows tokens and tensors; not requests, not sampli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from model.attention import AttentionMetadata
@@ -45,13 +47,18 @@ class Decoder:
         token_ids: [num_tokens] int64, in the order of `meta`. Returns the hidden states after the
         final norm, [num_tokens, hidden].
         """
-        ops, eps = self.ops, self.config.rms_norm_eps
+        return self.ops.run(self, token_ids, kv, meta)
+
+    def layers(self, ops: Any, token_ids: Any, kv: Any, meta: Any) -> Any:
+        """The model, written over `ops`. What goes through it is the ops' own affair: tensors for
+        ops that compute, placeholders for ops that record."""
+        eps = self.config.rms_norm_eps
         x = ops.embed(token_ids, self._weights.embedding)
         for index, layer in enumerate(self._weights.layers):
             h = ops.rms_norm(x, layer.attention_norm, eps)
-            x = x + self._attention(index, layer, h, kv, meta)
+            x = ops.add(x, self._attention(ops, index, layer, h, kv.layer(index), meta))
             h = ops.rms_norm(x, layer.feed_forward_norm, eps)
-            x = x + ops.linear(ops.silu_and_mul(ops.linear(h, layer.gate_up)), layer.down)
+            x = ops.add(x, ops.linear(ops.silu_and_mul(ops.linear(h, layer.gate_up)), layer.down))
         return ops.rms_norm(x, self._weights.final_norm, eps)
 
     @torch.no_grad()
@@ -60,20 +67,13 @@ class Decoder:
         return self.ops.logits(hidden, self._weights.lm_head)
 
     def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        h: torch.Tensor,
-        kv: KVCache,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor:
-        ops, config = self.ops, self.config
-        qkv = ops.linear(h, layer.qkv).view(len(h), -1, config.head_dim)
-        q, k, v = torch.split(qkv, self._heads, dim=1)
+        self, ops: Any, index: int, layer: LayerWeights, h: Any, kv_layer: Any, meta: Any
+    ) -> Any:
+        config = self.config
+        q, k, v = ops.split_heads(ops.linear(h, layer.qkv), self._heads, config.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        kv_layer = kv.layer(index)
         q = ops.rope_and_write_kv(q, k, v, self.rope, kv_layer, meta)
         attended = ops.paged_attention(q, kv_layer, meta, config.sliding_window[index])
         return ops.linear(attended, layer.output)

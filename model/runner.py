@@ -115,10 +115,14 @@ class ModelRunner:
         for i, s in enumerate(batch.sequences):
             if not s.request.params.prompt_logprobs:
                 continue
-            targets = s.request.prompt_token_ids[s.start + 1 : s.start + s.num_tokens + 1]
+            # What was told before a preemption is not told again.
+            first = max(s.start, s.request.num_told_logprobs)
+            targets = s.request.prompt_token_ids[first + 1 : s.start + s.num_tokens + 1]
             if not targets:
                 continue
-            rows = hidden[query_start[i] : query_start[i] + len(targets)]
+            s.request.num_told_logprobs = first + len(targets)
+            row = query_start[i] + first - s.start
+            rows = hidden[row : row + len(targets)]
             result.prompt_logprobs[s.request.id] = self._sampler.prompt_logprobs(
                 self._decoder.logits(rows),
                 torch.tensor(targets, device=self._device),

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -30,7 +29,6 @@ from server.services import Services
 from server.settings import Settings
 from server.text.tokenizer import TokenizerError
 
-log = structlog.get_logger()
 
 def create_app(settings: Settings, files: ModelFiles) -> FastAPI:
     """The application that serves `files`. The engine is spawned when it starts up."""
@@ -112,9 +110,4 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
             return answer(RequestTooLarge(f"the body is over {MAX_BODY_BYTES} bytes"))
         if error.status_code < 500:
             return answer(InvalidRequest(str(error.detail)))
-        return answer(ServerError("something went wrong in the server; it is in its log"))
-
-    @app.exception_handler(Exception)
-    async def unknown(request: Request, error: Exception) -> Response:
-        log.error("unhandled", path=request.scope["path"], exc_info=error)
         return answer(ServerError("something went wrong in the server; it is in its log"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import logging
 import os
 import signal
 import socket
@@ -14,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import structlog
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
 import server
 from model.hub import DEFAULT_MODEL, HubError, ModelFiles, check_memory, resolve
+from server.listen import ListenError, bind
+from server.logs import set_up_logs
 from server.settings import Settings
 
 app = typer.Typer(
@@ -38,28 +37,38 @@ ModelArgument = Annotated[
 
 
 class Fault(Exception):
-    """Something that ends the command: one line, exit code 1."""
+    """Something that ends the command: one line, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Errors for people: one line on stderr and exit code 1, never a traceback."""
+    """Errors for people: one line on stderr and an exit code, never a traceback."""
     try:
         yield
-    except (Fault, HubError) as error:
+    except (Fault, HubError, ListenError) as error:
         sys.stderr.write(f"headwater: {error}\n")
-        raise typer.Exit(1) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        reason = first["msg"].removeprefix("Value error, ")
-        sys.stderr.write(f"headwater: {name}: {reason}\n")
-        raise typer.Exit(2) from None
+        raise typer.Exit(error.code if isinstance(error, Fault) else 1) from None
 
 
 def _settings(**options: Any) -> Settings:
-    """Options that were given win over the environment, which wins over `.env`."""
-    return Settings(**{name: value for name, value in options.items() if value is not None})
+    """Options that were given win over the environment, which wins over `.env`.
+
+    Raises Fault that names the option, or the variable, whose value is wrong."""
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        source = f"--{name.replace('_', '-')}" if name in given else f"HEADWATER_{name.upper()}"
+        reason = first["msg"].removeprefix("Value error, ")
+        value = repr(first["input"])
+        got = "" if value in reason else f", got {value:.100}"
+        raise Fault(f"{source}: {reason}{got}", code=2) from None
 
 
 def _version(show: bool) -> None:
@@ -110,11 +119,9 @@ def serve(
             no_auth=no_auth,
             log_level=log_level,
         )
-        _check_address(settings)
-        sock = _bind(settings)
+        sock = bind(settings)
         with contextlib.closing(sock):
             files = _resolve(settings)
-            _set_up_logs(settings.log_level)
             raise typer.Exit(asyncio.run(_serve(settings, files, sock)))
 
 
@@ -124,8 +131,14 @@ async def _serve(settings: Settings, files: ModelFiles, sock: socket.socket) -> 
 
     from server.app import begin_drain, create_app
 
-    application = create_app(settings, files)
+    with _text_files_explained(files):
+        application = create_app(settings, files)
     services = application.state.services
+    client = services.client
+    # Why an engine could not start is the command's last line: the log need not say it as well.
+    set_up_logs(
+        settings.log_level, quiet=lambda: client.failure is not None and client.model is None
+    )
     config = uvicorn.Config(
         application,
         log_config=None,
@@ -142,7 +155,7 @@ async def _serve(settings: Settings, files: ModelFiles, sock: socket.socket) -> 
         http.should_exit = True
 
     def on_signal() -> None:
-        if services.client.draining:  # the second one: now
+        if client.draining:  # the second one: now
             http.force_exit = True
             stop()
         else:
@@ -160,7 +173,7 @@ async def _serve(settings: Settings, files: ModelFiles, sock: socket.socket) -> 
         task.cancel()
     await asyncio.gather(*watchers, return_exceptions=True)
     if services.supervisor.failed.is_set():
-        sys.stderr.write(f"headwater: {services.client.failure}\n")
+        sys.stderr.write(f"headwater: {client.failure}\n")
         return 1
     return 0 if http.started else 1
 
@@ -191,7 +204,7 @@ async def _stop_when_failed(services: Any, stop: Any) -> None:
 def pull(model: ModelArgument = None) -> None:
     """Fetch and prepare a model."""
     with _explained():
-        files = resolve(model or DEFAULT_MODEL, console=Console(stderr=True))
+        files = resolve(_settings(model=model).model, console=Console(stderr=True))
         typer.echo(f"{files.name} is ready in {files.folder}")
 
 
@@ -211,14 +224,12 @@ def run(
 
     with _explained():
         model, text = _model_and_prompt(model_or_prompt, prompt)
-        _set_up_logs("error")
+        set_up_logs("critical")  # what goes wrong is said in one line of its own
         settings = _settings(model=model)
         files = _resolve(settings)
         options = RunOptions(text, system, max_tokens, temperature, seed)
-        try:
+        with _text_files_explained(files):
             code = asyncio.run(run_once(settings, files, options))
-        except KeyboardInterrupt:
-            code = 130
     raise typer.Exit(code)
 
 
@@ -235,10 +246,16 @@ def bench(
     from server.bench import main as bench_main
 
     with _explained():
+        try:
+            levels = [int(level) for level in concurrency.split(",")]
+        except ValueError:
+            raise Fault(
+                f"--concurrency: expected numbers separated by commas, got {concurrency!r}", code=2
+            ) from None
         raise typer.Exit(
             bench_main(
                 url=url,
-                concurrency=[int(level) for level in concurrency.split(",")],
+                concurrency=levels,
                 num_requests=num_requests,
                 prompt_tokens=prompt_tokens,
                 max_tokens=max_tokens,
@@ -264,9 +281,26 @@ def _resolve(settings: Settings) -> ModelFiles:
     return files
 
 
+@contextlib.contextmanager
+def _text_files_explained(files: ModelFiles) -> Iterator[None]:
+    """What is wrong with the model's tokenizer or chat template, as a Fault."""
+    from server.text.chat_template import TemplateError
+    from server.text.tokenizer import TokenizerError
+
+    try:
+        yield
+    except (TemplateError, TokenizerError) as error:
+        raise Fault(f"{files.name} cannot be served: {error}; see {files.folder}") from None
+
+
 def _model_and_prompt(first: str | None, second: str | None) -> tuple[str | None, str]:
     """`run "prompt"`, `run MODEL "prompt"`, or either with the prompt on stdin."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read()
+    try:
+        piped = ""
+        if sys.stdin is not None and not sys.stdin.isatty():
+            piped = sys.stdin.buffer.read().decode()  # as text it might be escaped, not refused
+    except UnicodeDecodeError:
+        raise Fault("what is piped to stdin is not UTF-8 text", code=2) from None
     if second is not None:
         return first, second if not piped.strip() else f"{second}\n\n{piped}"
     if first is not None and piped.strip() and (first == DEFAULT_MODEL or Path(first).exists()):
@@ -275,61 +309,22 @@ def _model_and_prompt(first: str | None, second: str | None) -> tuple[str | None
         return None, first if not piped.strip() else f"{first}\n\n{piped}"
     if piped.strip():
         return None, piped
-    sys.stderr.write('headwater: no prompt; give one: headwater run "Why do rivers bend?"\n')
-    raise typer.Exit(2)
-
-
-def _check_address(settings: Settings) -> None:
-    """Without keys only a loopback address may be bound, unless it is asked for by name."""
-    try:
-        loopback = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = settings.host == "localhost"
-    if not loopback and not settings.no_auth:
-        raise Fault(
-            f"--host {settings.host} is reachable from other machines and no API keys are set; "
-            "bind 127.0.0.1, or say --no-auth if that is what you want"
-        )
-
-
-def _bind(settings: Settings) -> socket.socket:
-    """The listening socket: bound first, so that a taken port is known before anything loads."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((settings.host, settings.port))
-        sock.listen(2048)
-    except OSError as error:
-        sock.close()
-        raise Fault(
-            f"cannot listen on {settings.host}:{settings.port}: {os.strerror(error.errno or 0)}; "
-            "choose another with --port (make run PORT=8001)"
-        ) from None
-    return sock
-
-
-def _set_up_logs(level: str) -> None:
-    """One line an event on stderr; values are escaped, so that no log line can be forged."""
-    tty = sys.stderr.isatty()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if tty else structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    raise Fault('no prompt; give one: headwater run "Why do rivers bend?"', code=2)
 
 
 def main() -> NoReturn:
     """Entry point of the `headwater` command."""
-    app()
-    raise SystemExit(0)
+    try:
+        code = app(standalone_mode=False, prog_name="headwater")
+    except typer.TyperException as error:  # wrong use: one line, as for every other fault
+        text = error.format_message()
+        if text:  # no command at all: the help was shown
+            sys.stderr.write(f"headwater: {text} (see headwater --help)\n")
+        code = error.exit_code
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

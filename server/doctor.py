@@ -101,7 +101,7 @@ def _disk() -> Finding:
         there = there.parent
     free = shutil.disk_usage(there).free
     found = f"{free / GIB:.1f} GiB free for models in {folder}"
-    if not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         return "missing", "disk", f"{folder} cannot be written", "set HEADWATER_CACHE"
     if free < MIN_FREE_DISK:
         return "note", "disk", found, "make room, or set HEADWATER_CACHE to another disk"

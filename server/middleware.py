@@ -9,7 +9,7 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import HeadwaterError, RequestTooLarge, UnsupportedMediaType
+from server.errors import HeadwaterError, RequestTooLarge, ServerError, UnsupportedMediaType
 from server.metrics import Metrics
 from server.responses import error_response
 
@@ -54,6 +54,13 @@ class RequestGate:
                 await error_response(error)(scope, receive, send_with_id)
             else:
                 await self._app(scope, _body(scope, receive), send_with_id)
+        except Exception:
+            log.exception("unhandled", path=scope["path"][:200], request_id=request_id)
+            if status:  # too late for another answer: let the connection break
+                raise
+            failure = ServerError("something went wrong in the server; it is in its log")
+            self._metrics.errors.labels(failure.code).inc()
+            await error_response(failure)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()

@@ -13,6 +13,7 @@ from server.errors import HeadwaterError, Overloaded
 from server.generation import Delta, Failed, read
 from server.services import Services
 from server.settings import Settings
+from server.text.tokenizer import TokenizerError
 
 EXIT_ERROR, EXIT_OVERLOADED = 1, 75
 
@@ -35,8 +36,11 @@ async def run_once(settings: Settings, files: ModelFiles, options: RunOptions) -
         await _ready(services)
         return await _answer(services, options)
     except HeadwaterError as error:
-        _status(f"error: {error.message}\n")
+        _status(f"headwater: {error.message}\n")
         return EXIT_OVERLOADED if isinstance(error, Overloaded) else EXIT_ERROR
+    except TokenizerError as error:  # of the prompt; the model's files were read above
+        _status(f"headwater: {error}\n")
+        return EXIT_ERROR
     finally:
         await services.supervisor.stop()
 

@@ -17,6 +17,7 @@ from model.engine.scheduler import Scheduler
 from model.hub_cache import GIB
 from model.hub_memory import available_memory
 from model.kv import KVCache
+from model.ops.base import Ops
 from model.ops.reference import ReferenceOps
 from model.runner import ModelRunner
 from model.sampler import Sampler
@@ -49,25 +50,19 @@ def load_engine(start: Start) -> tuple[Engine, ModelInfo]:
 def _load(start: Start) -> tuple[Engine, ModelInfo]:
     config = start.config
     device = _device(start.device)
+    if start.max_model_len is not None and start.max_model_len > config.max_position_embeddings:
+        raise LoadError(
+            f"--max-model-len {start.max_model_len} is more than the "
+            f"{config.max_position_embeddings} tokens that {start.name} was made for"
+        )
     num_threads = start.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(1)  # unpacking is many small ops: threads only wait for each other
     ops = ReferenceOps(device, _dtype(start.dtype, device))
+    if start.kv_memory is not None:
+        _pool_size(start, ops)  # a pool that is too small is told before the weights are read
     weights = load_weights([Path(path) for path in start.weights], config, ops)
     torch.set_num_threads(num_threads)
-    block_bytes = KVCache.measure_block(config, start.block_size, ops)
-    wanted_len = start.max_model_len or config.max_position_embeddings
-    if wanted_len > config.max_position_embeddings:
-        raise LoadError(
-            f"--max-model-len {wanted_len} is more than the {config.max_position_embeddings} "
-            f"tokens that {start.name} was made for"
-        )
-    num_blocks = _num_blocks(start, device, block_bytes, wanted_len)
-    max_model_len = min(wanted_len, num_blocks * start.block_size)
-    if start.max_model_len is not None and max_model_len < start.max_model_len:
-        raise LoadError(
-            f"the KV cache holds {num_blocks * start.block_size} tokens, less than "
-            f"--max-model-len {start.max_model_len}; give it more (--kv-memory) or ask for less"
-        )
+    num_blocks, max_model_len = _pool_size(start, ops)
     decoder = Decoder(config, weights, ops, max_model_len)
     kv = KVCache(config, num_blocks, start.block_size, ops)
     runner = ModelRunner(
@@ -132,22 +127,30 @@ def _dtype(asked: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _num_blocks(start: Start, device: torch.device, block_bytes: int, max_model_len: int) -> int:
-    """As many blocks as the memory allows, but never more than could be referenced at once."""
+def _pool_size(start: Start, ops: Ops) -> tuple[int, int]:
+    """`num_blocks` and `max_model_len`: as many blocks as the memory allows, but never more than
+    could be referenced at once."""
+    config, size = start.config, start.block_size
+    block_bytes = KVCache.measure_block(config, size, ops)
+    wanted_len = start.max_model_len or config.max_position_embeddings
     if start.kv_memory is not None:
         budget = start.kv_memory
-    elif device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_SHARE)
+    elif ops.device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(ops.device)[0] * CUDA_KV_SHARE)
     else:
         budget = min(CPU_KV_BYTES, int(available_memory() * CPU_KV_SHARE))
-    most = start.max_num_seqs * -(-max_model_len // start.block_size)
-    num_blocks = min(budget // block_bytes, most)
+    num_blocks = min(budget // block_bytes, start.max_num_seqs * -(-wanted_len // size))
     if num_blocks < 2:
         raise LoadError(
             f"{budget} bytes of KV cache hold less than two blocks of {block_bytes} bytes; give it "
             "more (--kv-memory) or use a smaller model"
         )
-    return num_blocks
+    if start.max_model_len is not None and num_blocks * size < wanted_len:
+        raise LoadError(
+            f"the KV cache holds {num_blocks * size} tokens, less than --max-model-len "
+            f"{wanted_len}; give it more (--kv-memory) or ask for less"
+        )
+    return num_blocks, min(wanted_len, num_blocks * size)
 
 
 def _scheduler(

@@ -59,6 +59,7 @@ class Request:
         "num_indexed_blocks",
         "num_prompt_tokens",
         "num_reused_tokens",
+        "num_told_logprobs",
         "output_token_ids",
         "params",
         "prompt_token_ids",
@@ -85,6 +86,7 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_reused_tokens = -1  # unknown until admitted
+        self.num_told_logprobs = 0  # of the prompt's tokens, where they are asked for
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_indexed_blocks = 0

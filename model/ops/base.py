@@ -8,7 +8,7 @@ others; an implementation of this protocol passes the same tests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,6 +16,10 @@ from model.attention import AttentionMetadata
 from model.config import DecoderConfig
 from model.raw_tensor import RawTensor
 from model.rope import RopeTable
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+    from model.kv import KVCache
 
 
 class Weight:
@@ -66,6 +70,19 @@ class Ops(Protocol):
 
     # ------------------------------------------------------------------ running
 
+    def run(
+        self, decoder: Decoder, token_ids: torch.Tensor, kv: KVCache, meta: AttentionMetadata
+    ) -> torch.Tensor:
+        """`decoder.layers` over these ops: [T] int64 -> hidden [T, hidden]. Ops that record run
+        what they recorded."""
+
+    def logits(self, hidden: torch.Tensor, head: Weight) -> torch.Tensor:
+        """[rows, hidden] -> [rows, vocab] fp32."""
+
+
+class LayerOps(Protocol):
+    """What `Decoder.layers` calls, as ops that compute see it."""
+
     def embed(self, token_ids: torch.Tensor, table: Weight) -> torch.Tensor:
         """[T] int64 -> [T, hidden]."""
 
@@ -74,6 +91,11 @@ class Ops(Protocol):
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """[T, in] -> [T, out], with the bias if there is one."""
+
+    def split_heads(
+        self, qkv: torch.Tensor, counts: Sequence[int], head_dim: int
+    ) -> tuple[torch.Tensor, ...]:
+        """[T, sum(counts) * D] -> views [T, count, D]: q, k and v."""
 
     def rope_and_write_kv(
         self,
@@ -103,5 +125,5 @@ class Ops(Protocol):
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * n] -> silu(first half) * second half, [T, n]."""
 
-    def logits(self, hidden: torch.Tensor, head: Weight) -> torch.Tensor:
-        """[rows, hidden] -> [rows, vocab] fp32."""
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The residual: [T, hidden] + [T, hidden]."""

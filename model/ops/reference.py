@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,15 @@ from model.ops.base import Weight
 from model.raw_tensor import RawTensor
 from model.rope import RopeTable
 
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+    from model.kv import KVCache
+
 # Keys gathered at a time for decodes. On a CPU the copy should still be in the core's cache when
 # attention reads it; elsewhere fewer, larger calls are better.
 _CPU_GROUP_CELLS = 1024
 _GROUP_CELLS = 1 << 19
+_FEW_ROWS = 64
 
 
 class Dense(Weight):
@@ -51,8 +57,9 @@ class _Group:
     plain: bool
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """[n, max_len] bool, true where the row sees the key; None for a plain group."""
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """[n, max_len], what to add to the scores: 0 where the row sees the key, else minus
+        infinity (torch would turn a bool mask into it in every layer). None for a plain group."""
         if window is not None and window >= self.max_len:
             window = None
         if window not in self.masks:
@@ -62,7 +69,10 @@ class _Group:
                 keys = torch.arange(self.max_len, device=self.positions.device)
                 distance = self.positions[:, None] - keys
                 seen = distance >= 0
-                self.masks[window] = seen if window is None else seen & (distance < window)
+                if window is not None:
+                    seen &= distance < window
+                bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+                self.masks[window] = bias.masked_fill_(~seen, float("-inf"))
         return self.masks[window]
 
 
@@ -184,6 +194,20 @@ class ReferenceOps:
 
     # ------------------------------------------------------------------ running
 
+    def run(
+        self, decoder: Decoder, token_ids: torch.Tensor, kv: KVCache, meta: AttentionMetadata
+    ) -> torch.Tensor:
+        hidden: torch.Tensor = decoder.layers(self, token_ids, kv, meta)
+        return hidden
+
+    def split_heads(
+        self, qkv: torch.Tensor, counts: Sequence[int], head_dim: int
+    ) -> tuple[torch.Tensor, ...]:
+        return torch.split(qkv.view(len(qkv), -1, head_dim), list(counts), dim=1)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
     def embed(self, token_ids: torch.Tensor, table: Weight) -> torch.Tensor:
         return F.embedding(token_ids, _dense(table).tensor)
 
@@ -192,6 +216,14 @@ class ReferenceOps:
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         dense = _dense(weight)
+        rows = x.shape[0]
+        if self.device.type == "cpu" and rows <= _FEW_ROWS:
+            # The same product the other way round: for few rows the CPU's BLAS is up to three times
+            # as fast with the weight on the left. One row goes as two, for its own kernel has no
+            # threads.
+            columns = (torch.cat([x, x]) if rows == 1 else x).t()
+            product = torch.mm(dense.tensor, columns)[:, :rows].t().contiguous()
+            return product if dense.bias is None else product.add_(dense.bias)
         return F.linear(x, dense.tensor, dense.bias)
 
     def rope_and_write_kv(
@@ -229,7 +261,7 @@ class ReferenceOps:
             shape = (group.num_sequences, group.max_len, num_kv_heads, head_dim)
             k = keys.index_select(0, group.cells).view(shape).transpose(1, 2)
             v = values.index_select(0, group.cells).view(shape).transpose(1, 2)
-            mask = group.mask(sliding_window)
+            mask = group.mask(sliding_window, q.dtype)
             if isinstance(group.rows, slice):
                 out[group.rows] = self._prefill(q[group.rows], k, v, mask)
             else:

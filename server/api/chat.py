@@ -113,7 +113,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     tool_choice: str | dict[str, Any] | None = None
-    continue_final_message: bool = False
+    continue_final_message: bool | None = None
 
     def check(self) -> None:
         """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
@@ -175,7 +175,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     body.check()
     model = services.client.check_ready()
     prompt = await prompt_token_ids(
-        services, body.messages, continue_final_message=body.continue_final_message
+        services, body.messages, continue_final_message=bool(body.continue_final_message)
     )
     max_tokens = room_for_answer(
         model, len(prompt), body.max_completion_tokens or body.max_tokens, param="messages"
@@ -187,9 +187,8 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     answer = _Answer(services, generations, top_logprobs)
     headers = {"x-headwater-generation": generations[0].id}
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(
-            answer.frames(include_usage),
+            answer.frames(body.wants_usage()),
             on_close=lambda: services.generations.cancel(generations),
             send_timeout=services.settings.send_timeout,
             headers=headers,

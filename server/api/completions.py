@@ -35,7 +35,7 @@ class CompletionRequest(SamplingFields):
     prompt: str | TokenIds | Prompts
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = False
+    echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1)
     suffix: str | None = None
 
@@ -98,16 +98,15 @@ async def create_completion(
     max_tokens = _max_tokens(model, prompts, body.max_tokens)
     params = msgspec.structs.replace(
         body.sampling_params(services, max_tokens=max(max_tokens, 1), top_logprobs=body.logprobs),
-        prompt_logprobs=body.echo and body.logprobs is not None,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     n = body.n or 1
     generations = services.generations.start(prompts, params, n=n, stop=body.stop or [])
     answer = _Answer(services, body, generations, drop_output=max_tokens == 0)
     headers = {"x-headwater-generation": generations[0].id}
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(
-            answer.frames(include_usage),
+            answer.frames(body.wants_usage()),
             on_close=lambda: services.generations.cancel(generations),
             send_timeout=services.settings.send_timeout,
             headers=headers,
@@ -140,7 +139,7 @@ class _Answer:
         self._metrics = services.metrics
         self._generations = generations
         self._n = body.n or 1
-        self._echo = body.echo
+        self._echo = bool(body.echo)
         self._top_logprobs = body.logprobs
         self._drop_output = drop_output
         self._offsets = [0] * len(generations)  # characters of each choice so far

@@ -24,9 +24,9 @@ async def ready(services: Shared) -> Response:
     reason = services.client.unready_reason()
     if reason is None:
         return json_response({"status": "ready", "model": services.files.name})
-    return json_response(
-        {"status": services.client.state, "reason": reason}, 503, {"Retry-After": "1"}
-    )
+    state = services.client.state
+    status = "unready" if state == "ready" else state
+    return json_response({"status": status, "reason": reason}, 503, {"Retry-After": "1"})
 
 
 @router.get("/metrics", operation_id="metrics")

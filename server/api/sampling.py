@@ -31,7 +31,7 @@ Stops = Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=MAX_ST
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class SamplingFields(BaseModel):
@@ -109,6 +109,10 @@ class SamplingFields(BaseModel):
             top_logprobs=top_logprobs,
             seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
         )
+
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def refuse(self, reasons: dict[str, str]) -> None:
         """Raise UnsupportedParameter for a field in `reasons` that is there and says something."""

@@ -209,9 +209,7 @@ def test_a_prompt_is_scored_without_an_answer(client: OpenAI) -> None:
 
 def test_several_prompts_as_text_and_as_ids(client: OpenAI) -> None:
     texts = ["The river", "Sarah fed the cat", "def add"]
-    by_text = client.completions.create(
-        model="any", prompt=texts, max_tokens=8, temperature=0, n=2
-    )
+    by_text = client.completions.create(model="any", prompt=texts, max_tokens=8, temperature=0, n=2)
     assert [choice.index for choice in by_text.choices] == list(range(6))
     singles = [
         client.completions.create(model="any", prompt=text, max_tokens=8, temperature=0)

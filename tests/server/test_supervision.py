@@ -29,9 +29,7 @@ def server(tiny_model: Path):  # type: ignore[no-untyped-def]
 
 
 def wait_running(server: Server, count: int) -> None:
-    wait_until(
-        lambda: server.metric("headwater_requests_running") == count, 20, "they never ran"
-    )
+    wait_until(lambda: server.metric("headwater_requests_running") == count, 20, "they never ran")
 
 
 class Client(threading.Thread):
@@ -186,9 +184,7 @@ def test_a_full_queue_is_503_with_a_time_to_come_back(tiny_model: Path) -> None:
         for client in clients:
             client.start()
         wait_running(server, 2)
-        wait_until(
-            lambda: server.metric("headwater_requests_waiting") == 2, 10, "they do not wait"
-        )
+        wait_until(lambda: server.metric("headwater_requests_waiting") == 2, 10, "they do not wait")
         refused = httpx.post(f"{server.url}/v1/chat/completions", json=BODY)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "queue_full"

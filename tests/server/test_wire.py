@@ -136,7 +136,7 @@ def test_chat_bounds(tiny_server: Server, change: dict[str, Any], param: str) ->
         {"min_p": 1},
         {"repetition_penalty": 10},
         {"presence_penalty": -2, "frequency_penalty": 2},
-        {"logit_bias": {str(i): -100 for i in range(0, 500)}},
+        {"logit_bias": {str(i): -100 for i in range(500)}},
         {"min_tokens": 5},
         {"stop": ["x" * 128] * 16},
         {"stop": None},

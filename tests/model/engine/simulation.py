@@ -118,9 +118,7 @@ def make_engine(
         end_token_ids=(END,),
     )
     runner = SimulatedRunner(num_blocks, block_size)
-    engine = Engine(
-        scheduler, runner, vocab_size=VOCAB, static_root=b"root", check_accounting=True
-    )
+    engine = Engine(scheduler, runner, vocab_size=VOCAB, static_root=b"root", check_accounting=True)
     return engine, runner
 
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# How probable a given text is, token by token: echo with no new tokens.
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+curl -sS --fail-with-body "$url/v1/completions" -w '\n' \
+  -H 'Content-Type: application/json' -d '{
+    "prompt": "Sarah fed the cat because it was hungry",
+    "echo": true,
+    "logprobs": 2,
+    "max_tokens": 0
+  }'

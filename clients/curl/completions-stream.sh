@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The continuation of a text, as a stream.
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+curl -sS --fail-with-body -N "$url/v1/completions" \
+  -H 'Content-Type: application/json' -d '{
+    "prompt": "The river bends because",
+    "max_tokens": 32,
+    "stream": true
+  }'

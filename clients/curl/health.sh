@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Is the server process alive? It answers 200 while the model loads, too.
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+curl -sS --fail-with-body "$url/health" -w '\n'

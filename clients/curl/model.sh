@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The served model by its id, which is taken from the list first.
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+id=$(curl -sS --fail-with-body "$url/v1/models" | sed -E 's/.*"id":"([^"]+)".*/\1/')
+curl -sS --fail-with-body "$url/v1/models/$id" -w '\n'

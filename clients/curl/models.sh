@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The served model: its context length, number format, device, and whether it is reproducible.
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+curl -sS --fail-with-body "$url/v1/models" -w '\n'

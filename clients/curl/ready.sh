@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Does the engine take requests? 200, or 503 with the reason (and exit code 22).
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+curl -sS --fail-with-body "$url/ready" -w '\n'

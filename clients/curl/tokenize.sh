@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# A text as token ids, with the piece of text that each stands for.
+set -euo pipefail
+url=${HEADWATER_URL:-http://127.0.0.1:8000}
+
+curl -sS --fail-with-body "$url/tokenize" -w '\n' \
+  -H 'Content-Type: application/json' -d '{"text": "Why do rivers bend?"}'
