@@ -251,7 +251,9 @@ def test_a_context_that_the_kv_memory_cannot_hold(tiny_model: Path, tmp_path: Pa
 
 def test_a_block_that_the_kv_memory_cannot_hold(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    edit("config.json", head_dim=1024)(folder)  # told before the weights are looked at
+    edit("config.json", head_dim=1024, num_hidden_layers=8)(
+        folder
+    )  # told before the weights are looked at
     result = command("serve", str(folder), "--port", "0", "--kv-memory", "1MiB")
     assert_refused(result, 1, "less than two blocks", "--kv-memory")
 
