@@ -28,8 +28,8 @@ from model.hub import DEFAULT_MODEL, HubError, resolve
 from model.kv import KVCache
 from model.ops.base import Ops
 from model.ops.reference import ReferenceOps
-from model.weights import load_weights
-from server.bench_origin import origin
+from model.weights.load import load_weights
+from server.bench.origin import origin
 
 _BLOCK_SIZE = 16
 _TEXT = (

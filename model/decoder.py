@@ -14,7 +14,7 @@ from model.config import DecoderConfig
 from model.kv import KVCache
 from model.ops.base import Ops
 from model.rope import RopeTable
-from model.weights import DecoderWeights, LayerWeights
+from model.weights.load import DecoderWeights, LayerWeights
 
 
 class Decoder:

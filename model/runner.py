@@ -12,7 +12,7 @@ from model.engine.messages import RequestError, TokenLogprob
 from model.engine.request import Request
 from model.engine.scheduler import ScheduledBatch, ScheduledSequence
 from model.kv import KVCache
-from model.sampler import SampledToken, Sampler, SamplingRow
+from model.sampling.sampler import SampledToken, Sampler, SamplingRow
 
 
 @dataclass(slots=True)
@@ -54,7 +54,8 @@ class ModelRunner:
             logits = self._decoder.logits(hidden[last.to(self._device)])
             requests = [batch.sequences[i].request for i in sampling]
             drawn = self._sampler.sample(logits, [self._sampling_row(r) for r in requests])
-            result.drawn = {r.id: token for r, token in zip(requests, drawn, strict=True)}
+            for request, token in zip(requests, drawn, strict=True):
+                result.drawn.setdefault(request.id, token)
         return result
 
     def _tensors(
@@ -123,8 +124,13 @@ class ModelRunner:
             s.request.num_told_logprobs = first + len(targets)
             row = query_start[i] + first - s.start
             rows = hidden[row : row + len(targets)]
-            result.prompt_logprobs[s.request.id] = self._sampler.prompt_logprobs(
-                self._decoder.logits(rows),
-                torch.tensor(targets, device=self._device),
-                s.request.params.top_logprobs or 0,
-            )
+            logits = self._decoder.logits(rows)
+            try:
+                result.prompt_logprobs[s.request.id] = self._sampler.prompt_logprobs(
+                    logits,
+                    torch.tensor(targets, device=self._device),
+                    s.request.params.top_logprobs or 0,
+                )
+            except ValueError as error:  # this request's own trouble
+                failure = RequestError("server_error", "internal", str(error))
+                result.drawn[s.request.id] = failure

@@ -93,6 +93,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="port to bind, 0 for a free one [8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16")] = None,
+    ops: Annotated[str | None, typer.Option(help="auto, native, reference, avx2, portable")] = None,
+    quantize: Annotated[str | None, typer.Option(help="none, q4, q8: safetensors at load")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [all that are usable]")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="context limit in tokens")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="requests per step [32]")] = None,
@@ -111,6 +113,8 @@ def serve(
             port=port,
             device=device,
             dtype=dtype,
+            ops=ops,
+            quantize=quantize,
             threads=threads,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -277,7 +281,9 @@ def doctor() -> None:
 
 def _resolve(settings: Settings) -> ModelFiles:
     files = resolve(settings.model, console=Console(stderr=True))
-    check_memory(files, settings.kv_memory or 0, "float32")
+    check_memory(
+        files, settings.kv_memory or 0, "float32" if settings.ops == "reference" else "packed"
+    )
     return files
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model.hub import DEFAULT_MODEL, HubError, resolve
-from model.hub_cache import GIB, cache_folder
-from model.hub_memory import available_memory
+from model.hub.cache import GIB, cache_folder
+from model.hub.memory import available_memory
 
 State = Literal["ok", "note", "missing"]
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}

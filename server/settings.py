@@ -38,6 +38,8 @@ class Settings(BaseSettings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    ops: Literal["auto", "native", "reference", "avx2", "portable"] = "auto"
+    quantize: Literal["none", "q4", "q8"] = "none"
     threads: int | None = Field(default=None, ge=1, le=1024)
     max_model_len: int | None = Field(default=None, ge=2)
     max_num_seqs: int = Field(default=32, ge=1, le=1024)

@@ -109,7 +109,10 @@ class Supervisor:
         """Run one engine process to its end. True if it was ready once."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        with theirs:
+        # Ctrl+C goes to the whole process group. The child must not die of it before it ignores it,
+        # so it is born with these signals blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",  # the current folder must not shadow our packages
@@ -124,6 +127,9 @@ class Supervisor:
                 stdout=sys.stderr.fileno(),
                 env=_SPIN_SHORTLY | os.environ,
             )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
         channel = self._client.attach(epoch)
         await asyncio.get_running_loop().create_connection(lambda: channel, sock=ours)
         self._client.start(self._start_message(epoch))
@@ -186,6 +192,8 @@ class Supervisor:
             fingerprint=files.fingerprint,
             device=settings.device,
             dtype=settings.dtype,
+            ops=settings.ops,
+            quantize=settings.quantize,
             threads=settings.threads,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,

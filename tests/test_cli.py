@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures.server import Server, headwater, wait_until
-from tests.model.hub_files import write_gguf
+from tests.model.hub.hub_files import write_gguf
 
 START_SECONDS = 10.0
 WEIGHTS = "model.safetensors"
@@ -421,7 +421,6 @@ def test_a_signal_while_the_engine_loads_ends_the_server(
     end_while_loading(tiny_model, number, os.kill)
 
 
-@pytest.mark.xfail(reason="an engine that was just spawned does not ignore signals yet")
 def test_ctrl_c_at_a_terminal_while_the_engine_loads(tiny_model: Path) -> None:
     end_while_loading(tiny_model, signal.SIGINT, os.killpg)
 

@@ -100,7 +100,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def known_variables() -> set[str]:
     names = {f"HEADWATER_{field.upper()}" for field in Settings.model_fields}
-    sources = [*ROOT.glob("model/hub*.py"), *ROOT.glob("clients/curl/*.sh")]
+    sources = [*ROOT.glob("model/hub/*.py"), *ROOT.glob("clients/curl/*.sh")]
     for source in sources:
         names |= set(re.findall(r"HEADWATER_[A-Z_]+", source.read_text()))
     return names

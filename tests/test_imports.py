@@ -34,8 +34,8 @@ SERVER_MAY_OF_MODEL = (
     "model.engine.messages",
     "model.engine.request",  # the types that messages carry
     "model.hub",
-    "model.hub_cache",
-    "model.hub_memory",
+    "model.hub.cache",
+    "model.hub.memory",
 )
 NOBODY = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import torch
@@ -14,14 +14,17 @@ from model.engine.messages import ModelInfo, Start, Submit
 from model.engine.prefix import root_key
 from model.engine.request import SamplingParams
 from model.engine.scheduler import Scheduler
-from model.hub_cache import GIB
-from model.hub_memory import available_memory
+from model.engine.threads import usable_cores
+from model.hub.cache import GIB
+from model.hub.memory import available_memory
 from model.kv import KVCache
 from model.ops.base import Ops
+from model.ops.kernels import NoKernels
+from model.ops.native import NativeOps
 from model.ops.reference import ReferenceOps
 from model.runner import ModelRunner
-from model.sampler import Sampler
-from model.weights import load_weights
+from model.sampling.sampler import Sampler
+from model.weights.load import load_weights
 
 CPU_KV_BYTES = GIB
 CPU_KV_SHARE = 0.25  # of the memory that is available
@@ -55,13 +58,14 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
             f"--max-model-len {start.max_model_len} is more than the "
             f"{config.max_position_embeddings} tokens that {start.name} was made for"
         )
-    num_threads = start.threads or len(os.sched_getaffinity(0))
+    num_threads = start.threads or usable_cores()
     torch.set_num_threads(1)  # unpacking is many small ops: threads only wait for each other
-    ops = ReferenceOps(device, _dtype(start.dtype, device))
+    ops = _ops(start, device, num_threads)
     if start.kv_memory is not None:
         _pool_size(start, ops)  # a pool that is too small is told before the weights are read
     weights = load_weights([Path(path) for path in start.weights], config, ops)
-    torch.set_num_threads(num_threads)
+    if isinstance(ops, ReferenceOps):  # the native ones have threads of their own
+        torch.set_num_threads(num_threads)
     num_blocks, max_model_len = _pool_size(start, ops)
     decoder = Decoder(config, weights, ops, max_model_len)
     kv = KVCache(config, num_blocks, start.block_size, ops)
@@ -118,6 +122,26 @@ def _device(asked: str) -> torch.device:
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(asked)
+
+
+def _ops(start: Start, device: torch.device, num_threads: int) -> Ops:
+    """Our own kernels on a CPU, unless they are not wanted (`--ops reference`, a dtype that only
+    torch has) or cannot be had: then torch, with a warning."""
+    reference = ReferenceOps(device, _dtype(start.dtype, device))
+    if device.type != "cpu" or start.ops == "reference":
+        return reference
+    if start.ops == "auto" and start.dtype not in ("auto", "float32"):
+        return reference
+    try:
+        if not NativeOps.fit(start.config, start.block_size):
+            raise NoKernels("the model's dimensions are not multiples of 16")
+        instruction_set = "best" if start.ops in ("auto", "native") else start.ops
+        return NativeOps(num_threads, instruction_set, start.quantize)
+    except NoKernels as error:
+        if start.ops != "auto":
+            raise LoadError(f"--ops {start.ops}: {error}") from None
+        sys.stderr.write(f"headwater: slower torch ops are used instead of our own: {error}\n")
+        return reference
 
 
 def _dtype(asked: str, device: torch.device) -> torch.dtype:

@@ -35,6 +35,8 @@ class Start(Message, tag="start"):
     fingerprint: str
     device: str = "auto"
     dtype: str = "auto"
+    ops: str = "auto"  # native, reference; avx2 and portable force a smaller instruction set
+    quantize: str = "none"  # q4, q8: matrices that are not packed in their file
     threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32

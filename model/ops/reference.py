@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from model.attention import AttentionMetadata
 from model.config import DecoderConfig
 from model.ops.base import Weight
-from model.raw_tensor import RawTensor
 from model.rope import RopeTable
+from model.weights.raw_tensor import RawTensor
 
 if TYPE_CHECKING:
     from model.decoder import Decoder

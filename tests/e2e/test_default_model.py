@@ -84,6 +84,7 @@ def engine(files: hub.ModelFiles) -> Engine:
             weights=tuple(str(path) for path in files.weights),
             fingerprint=files.fingerprint,
             device="cpu",
+            ops="reference",
             check_accounting=True,
         )
     )

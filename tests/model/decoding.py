@@ -15,7 +15,7 @@ from model.decoder import Decoder
 from model.kv import KVCache
 from model.ops.base import Ops
 from model.ops.reference import ReferenceOps
-from model.weights import load_weights
+from model.weights.load import load_weights
 
 
 def read_config(folder: Path) -> DecoderConfig:

@@ -10,7 +10,7 @@ import torch
 from model import hub
 from model.decoder import Decoder
 from model.ops.reference import ReferenceOps
-from model.weights import load_weights
+from model.weights.load import load_weights
 from tests.model.decoding import Pool, assert_logits_close, make_tokens
 
 # "The capital of France is Paris. The capital of Germany is", in SmolLM2's vocabulary.

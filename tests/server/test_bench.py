@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from model.hub import resolve
 from server.bench import BenchError, LoadResult, LoadSpec, as_json, print_table, run_load
-from server.bench_prompts import Prompts
-from server.bench_report import Percentiles, RequestTiming, percentile, summarise
+from server.bench.prompts import Prompts
+from server.bench.report import Percentiles, RequestTiming, percentile, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["One", " two", " three", " four"]

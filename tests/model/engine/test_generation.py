@@ -65,6 +65,7 @@ def load(
             weights=tuple(str(path) for path in sorted(folder.glob("*.safetensors"))),
             fingerprint=folder.name,
             device="cpu",
+            ops="reference",
             threads=1,
             max_num_seqs=min(max_num_seqs, chunk),
             max_num_batched_tokens=chunk,

@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 
-from model.gguf_tokenizer import tokenizer_config, tokenizer_json
+from model.gguf.tokenizer import tokenizer_config, tokenizer_json
 from server.text.tokenizer import Tokenizer
 
 CONTROL = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|user|>"]

@@ -14,7 +14,7 @@ import tokenizers
 from blake3 import blake3
 from small_tokenizers import byte_level_metadata, from_metadata, sentencepiece_metadata
 
-from model.gguf_tokenizer import tokenizer_config, tokenizer_json
+from model.gguf.tokenizer import tokenizer_config, tokenizer_json
 from server.text.tokenizer import Tokenizer, TokenizerError
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "smollm2_tokens.json"

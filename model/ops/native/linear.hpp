@@ -1,0 +1,346 @@
+// Matrices: packed once at load, multiplied with rows of activations.
+//
+// The outputs are cut into strips of 16, one lane each. A strip of a quantised matrix holds, for
+// each group of 32 inputs, the weights ordered so that four consecutive inputs of an output lie in
+// one 32-bit lane (what `vpdpbusd` and `vpmaddubsw` multiply and add), and behind all groups their
+// scales, and minimums where there are any, as fp16.
+//
+//   kQ4   weight = scale * q + minimum, q in 0..15: Q4_0 (minimum = -8 scale) and Q4_1
+//   kQ8   weight = scale * q,           q in -127..127: Q8_0
+//   kBF16, kF32   plain weights, [input][16]; the activations stay fp32
+//
+// y = sum over groups, in order: scale * d * dot(q, activation) + minimum * (d * sum(activation)),
+// where the dot is exact in integers. A row's result never depends on the rows beside it.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "rows.hpp"
+
+namespace hw {
+
+constexpr int kStrip = 16;
+
+enum Kind : int32_t { kQ4 = 0, kQ8 = 1, kBF16 = 2, kF32 = 3 };
+
+struct Matrix {
+  int32_t kind, rows, cols, padding;
+  const uint8_t* data;  // strips, each strip_bytes long, 64-byte aligned
+  const float* bias;    // rows padded to whole strips, or null
+};
+
+inline bool is_quantized(const Matrix& m) { return m.kind == kQ4 || m.kind == kQ8; }
+inline int num_strips(const Matrix& m) { return (m.rows + kStrip - 1) / kStrip; }
+
+inline size_t strip_bytes(int kind, int cols) {
+  const size_t groups = size_t(cols) / kGroup;
+  switch (kind) {
+    case kQ4: return groups * (256 + 64);
+    case kQ8: return (groups * (512 + 32) + 63) / 64 * 64;
+    case kBF16: return size_t(cols) * kStrip * 2;
+    default: return size_t(cols) * kStrip * 4;
+  }
+}
+
+// ------------------------------------------------------------------------ packing, once at load
+
+// One row of GGUF blocks into lane `lane` of a strip. Q4_1: fp16 scale, fp16 minimum, 16 bytes: byte
+// i has input i in its low half and input i + 16 in its high half. Q8_0: fp16 scale, 32 int8.
+inline void pack_q4(const uint8_t* blocks, int cols, int lane, uint8_t* strip) {
+  const int groups = cols / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const uint8_t* block = blocks + size_t(g) * 20;
+    uint8_t* tile = strip + size_t(g) * 256;
+    for (int i = 0; i < 32; ++i) {
+      const uint8_t q = i < 16 ? block[4 + i] & 15 : block[4 + i - 16] >> 4;
+      uint8_t& byte = tile[(i / 8) * 64 + lane * 4 + i % 4];
+      byte = uint8_t(i % 8 < 4 ? (byte & 0xf0) | q : (byte & 0x0f) | (q << 4));
+    }
+    uint8_t* scales = strip + size_t(groups) * 256 + size_t(g) * 64 + lane * 2;
+    std::memcpy(scales, block, 2);
+    std::memcpy(scales + 32, block + 2, 2);
+  }
+}
+
+inline void pack_q8(const uint8_t* blocks, int cols, int lane, uint8_t* strip) {
+  const int groups = cols / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const uint8_t* block = blocks + size_t(g) * 34;
+    uint8_t* tile = strip + size_t(g) * 512;
+    for (int i = 0; i < 32; ++i) tile[(i / 4) * 64 + lane * 4 + i % 4] = block[2 + i];
+    std::memcpy(strip + size_t(groups) * 512 + size_t(g) * 32 + lane * 2, block, 2);
+  }
+}
+
+// One row of a packed matrix as floats: the embedding of a token.
+inline void unpack_row(const Matrix& m, int row, float* out) {
+  const uint8_t* strip = m.data + size_t(row / kStrip) * strip_bytes(m.kind, m.cols);
+  const int lane = row % kStrip, groups = m.cols / kGroup;
+  for (int i = 0; i < m.cols; ++i) {
+    const int g = i / kGroup, k = i % kGroup;
+    switch (m.kind) {
+      case kQ4: {
+        const uint16_t* s =
+            reinterpret_cast<const uint16_t*>(strip + size_t(groups) * 256) + size_t(g) * 32;
+        const uint8_t byte = strip[size_t(g) * 256 + (k / 8) * 64 + lane * 4 + k % 4];
+        const int q = k % 8 < 4 ? byte & 15 : byte >> 4;
+        out[i] = half_to_float(s[lane]) * float(q) + half_to_float(s[16 + lane]);
+        break;
+      }
+      case kQ8: {
+        const uint16_t* s =
+            reinterpret_cast<const uint16_t*>(strip + size_t(groups) * 512) + size_t(g) * 16;
+        const int8_t q = int8_t(strip[size_t(g) * 512 + (k / 4) * 64 + lane * 4 + k % 4]);
+        out[i] = half_to_float(s[lane]) * float(q);
+        break;
+      }
+      case kBF16:
+        out[i] = bf16_to_float(reinterpret_cast<const uint16_t*>(strip)[size_t(i) * kStrip + lane]);
+        break;
+      default:
+        out[i] = reinterpret_cast<const float*>(strip)[size_t(i) * kStrip + lane];
+    }
+  }
+}
+
+// --------------------------------------------------------------- exact dots of a group of 32
+//
+// `Dots<kind>::group<M>` multiplies the 16 x 32 weights of one group with that group of M rows. The
+// results are integers, given as floats.
+
+inline int32_t four_bytes(const int8_t* p) {
+  int32_t value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+
+#if HW_AVX512
+
+constexpr int kMaxRows = 8;
+
+template <int M>
+inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  const __m512i low_mask = _mm512_set1_epi8(15);
+  __m512i sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+    const __m512i both = _mm512_loadu_si512(tile + step * 64);
+    const __m512i low = _mm512_and_si512(both, low_mask);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_mask);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      sum[m] = _mm512_dpbusd_epi32(sum[m], low, _mm512_set1_epi32(four_bytes(q[m] + step * 8)));
+      sum[m] =
+          _mm512_dpbusd_epi32(sum[m], high, _mm512_set1_epi32(four_bytes(q[m] + step * 8 + 4)));
+    }
+  }
+  for (int m = 0; m < M; ++m) dot[m].v = _mm512_cvtepi32_ps(sum[m]);
+}
+
+// The weights are signed and `vpdpbusd` wants them unsigned: q + 128 is q with its top bit turned,
+// and 128 * sum(activation) is taken away again, in integers.
+template <int M>
+inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  const __m512i turn = _mm512_set1_epi8(int8_t(-128));
+  __m512i sum[M], offset[M];
+  for (int m = 0; m < M; ++m) sum[m] = offset[m] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int step = 0; step < 8; ++step) {
+    const __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(tile + step * 64), turn);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const __m512i four = _mm512_set1_epi32(four_bytes(q[m] + step * 4));
+      sum[m] = _mm512_dpbusd_epi32(sum[m], weights, four);
+      offset[m] = _mm512_dpbusd_epi32(offset[m], turn, four);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    dot[m].v = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[m], offset[m]));
+}
+
+#elif HW_AVX2
+
+constexpr int kMaxRows = 4;
+
+// 8 products of at most 15 * 127, two by two, stay within int16: 8 * 2 * 15 * 127 = 30480.
+template <int M>
+inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  const __m256i low_mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 1
+  for (int half = 0; half < 2; ++half) {
+    __m256i sum[M];
+    for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+    for (int step = 0; step < 4; ++step) {
+      const __m256i both =
+          _mm256_loadu_si256((const __m256i*)(tile + step * 64 + half * 32));
+      const __m256i low = _mm256_and_si256(both, low_mask);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_mask);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const __m256i a = _mm256_set1_epi32(four_bytes(q[m] + step * 8));
+        const __m256i b = _mm256_set1_epi32(four_bytes(q[m] + step * 8 + 4));
+        sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, a));
+        sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, b));
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      const __m256 value = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[m], ones));
+      if (half == 0) dot[m].lo = value; else dot[m].hi = value;
+    }
+  }
+}
+
+// `vpmaddubsw` saturates on unsigned bytes beyond 127: |weight| <= 127 with its sign moved to the
+// activation stays within int16 (2 * 127 * 127), but two of them do not.
+template <int M>
+inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 1
+  for (int half = 0; half < 2; ++half) {
+    __m256i sum[M];
+    for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+    for (int step = 0; step < 8; ++step) {
+      const __m256i weights =
+          _mm256_loadu_si256((const __m256i*)(tile + step * 64 + half * 32));
+      const __m256i size = _mm256_abs_epi8(weights);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const __m256i four = _mm256_set1_epi32(four_bytes(q[m] + step * 4));
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, weights));
+        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      const __m256 value = _mm256_cvtepi32_ps(sum[m]);
+      if (half == 0) dot[m].lo = value; else dot[m].hi = value;
+    }
+  }
+}
+
+#else
+
+constexpr int kMaxRows = 4;
+
+template <int M>
+inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  for (int m = 0; m < M; ++m) {
+    int32_t sum[16] = {0};
+    for (int step = 0; step < 4; ++step)
+      for (int lane = 0; lane < 16; ++lane)
+        for (int i = 0; i < 4; ++i) {
+          const int both = tile[step * 64 + lane * 4 + i];
+          sum[lane] += (both & 15) * q[m][step * 8 + i] + (both >> 4) * q[m][step * 8 + 4 + i];
+        }
+    for (int lane = 0; lane < 16; ++lane) dot[m].v[lane] = float(sum[lane]);
+  }
+}
+
+template <int M>
+inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  for (int m = 0; m < M; ++m) {
+    int32_t sum[16] = {0};
+    for (int step = 0; step < 8; ++step)
+      for (int lane = 0; lane < 16; ++lane)
+        for (int i = 0; i < 4; ++i)
+          sum[lane] += int(int8_t(tile[step * 64 + lane * 4 + i])) * q[m][step * 4 + i];
+    for (int lane = 0; lane < 16; ++lane) dot[m].v[lane] = float(sum[lane]);
+  }
+}
+
+#endif
+
+// ------------------------------------------------------------------------ a strip times M rows
+
+// Where the results of a strip go: y[row * stride + output], stored or added to what is there.
+struct Output {
+  float* y;
+  int stride;
+  bool add;
+};
+
+inline void put(const Matrix& m, int strip, int row, F16 value, Output out) {
+  if (m.bias) value = add(value, load(m.bias + strip * kStrip));
+  float* to = out.y + size_t(row) * out.stride + strip * kStrip;
+  const int width = std::min(kStrip, m.rows - strip * kStrip);
+  if (width == kStrip) {
+    store(to, out.add ? add(load(to), value) : value);
+    return;
+  }
+  float lanes[kStrip];
+  store(lanes, value);
+  for (int i = 0; i < width; ++i) to[i] = out.add ? to[i] + lanes[i] : lanes[i];
+}
+
+template <int M, bool q4>
+inline void strip_quantized(const Matrix& m, int strip, const char* rows, int row, Output out) {
+  const int groups = m.cols / kGroup;
+  const uint8_t* data = m.data + size_t(strip) * strip_bytes(m.kind, m.cols);
+  const int8_t* q[M];
+  QuantRow r[M];
+  F16 y[M];
+  for (int i = 0; i < M; ++i) {
+    r[i] = quant_row(const_cast<char*>(rows), m.cols, row + i);
+    y[i] = zero();
+  }
+  const size_t tile_bytes = q4 ? 256 : 512;
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(data + groups * tile_bytes);
+  for (int g = 0; g < groups; ++g) {
+    F16 dot[M];
+    for (int i = 0; i < M; ++i) q[i] = r[i].q + g * kGroup;
+    if (q4) {
+      dots_q4<M>(data + g * tile_bytes, q, dot);
+      const F16 scale = load_half(scales + g * 32), minimum = load_half(scales + g * 32 + 16);
+      for (int i = 0; i < M; ++i) {
+        y[i] = fma(dot[i], mul(scale, splat(r[i].d[g])), y[i]);
+        y[i] = fma(minimum, splat(r[i].s[g]), y[i]);
+      }
+    } else {
+      dots_q8<M>(data + g * tile_bytes, q, dot);
+      const F16 scale = load_half(scales + g * 16);
+      for (int i = 0; i < M; ++i) y[i] = fma(dot[i], mul(scale, splat(r[i].d[g])), y[i]);
+    }
+  }
+  for (int i = 0; i < M; ++i) put(m, strip, row + i, y[i], out);
+}
+
+template <int M>
+inline void strip_plain(const Matrix& m, int strip, const float* x, int row, Output out) {
+  const uint8_t* data = m.data + size_t(strip) * strip_bytes(m.kind, m.cols);
+  const uint16_t* narrow = reinterpret_cast<const uint16_t*>(data);
+  const float* wide = reinterpret_cast<const float*>(data);
+  F16 y[M];
+  for (int i = 0; i < M; ++i) y[i] = zero();
+  for (int k = 0; k < m.cols; ++k) {
+    const F16 weights = m.kind == kBF16 ? load_bf16(narrow + size_t(k) * kStrip)
+                                        : load(wide + size_t(k) * kStrip);
+    for (int i = 0; i < M; ++i)
+      y[i] = fma(weights, splat(x[size_t(row + i) * m.cols + k]), y[i]);
+  }
+  for (int i = 0; i < M; ++i) put(m, strip, row + i, y[i], out);
+}
+
+// One strip times rows [first, last). `rows` are quantised rows or fp32 ones, as the matrix wants.
+inline void strip_rows(const Matrix& m, int strip, const char* rows, int first, int last,
+                       Output out) {
+  const float* x = reinterpret_cast<const float*>(rows);
+  int row = first;
+#define HW_ROWS(M)                                                               \
+  for (; row + M <= last; row += M) {                                            \
+    if (m.kind == kQ4) strip_quantized<M, true>(m, strip, rows, row, out);       \
+    else if (m.kind == kQ8) strip_quantized<M, false>(m, strip, rows, row, out); \
+    else strip_plain<M>(m, strip, x, row, out);                                  \
+  }
+#if HW_AVX512
+  HW_ROWS(8)
+#endif
+  HW_ROWS(4)
+  HW_ROWS(2)
+  HW_ROWS(1)
+#undef HW_ROWS
+}
+
+}  // namespace hw

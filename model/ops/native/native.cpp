@@ -1,0 +1,292 @@
+// The native ops: a program of a few instructions over buffers of floats, run by a team of threads
+// in one call for each step. `native.py` records the program from the decoder; nothing here knows
+// what a model looks like.
+//
+// The rule that all of it obeys: each element of a result is computed in one fixed order, whatever
+// the number of rows, the chunk, the batch, the block table or the threads. So cached = computed =
+// batched, bit for bit.
+#include <cstdio>
+#include <memory>
+
+#include "attention.hpp"
+#include "linear.hpp"
+#include "threads.hpp"
+
+using namespace hw;
+
+namespace {
+
+enum Op : int32_t { kEmbed = 0, kLinear = 1, kRopeKV = 2, kAttend = 3, kNorm = 4 };
+enum Transform : int32_t { kPlain = 0, kNormed = 1, kSilu = 2 };
+
+// Mirrored field for field in native.py.
+struct Instruction {
+  int32_t op, transform;
+  int32_t in, out;  // buffers
+  int32_t add;      // linear: add to `out` instead of storing
+  int32_t layer, window;
+  float eps;
+  Matrix matrix;         // embed, linear
+  const float* norm;     // linear with kNormed, norm
+  const float* q_norm;   // rope: norms of the heads before they turn, or null
+  const float* k_norm;
+};
+
+struct Model {
+  Heads heads;
+  int32_t rotary, num_instructions;
+  const Instruction* instructions;
+};
+
+// One step. T tokens of S sequences.
+struct Step {
+  int32_t num_tokens, num_sequences, max_blocks, num_buffers;
+  const int64_t *token_ids, *positions, *slots;
+  const int64_t* block_tables;  // [S][max_blocks]
+  const int32_t *query_start, *seq_lens;
+  const float *cos, *sin;  // [max positions][rotary / 2]
+  uint16_t* kv;            // [layers][2][blocks]...
+  int64_t num_blocks, layer_stride;  // in elements
+  float* const* buffers;   // [num_buffers]
+  const int32_t* widths;   // floats in a row of each buffer
+};
+
+constexpr int kFewRows = 4;    // up to here each thread prepares the rows for itself: no barrier
+constexpr int kRowsAtOnce = 64;  // rows of one claimed tile of a large product
+
+struct Engine {
+  explicit Engine(int threads) : team(threads), scratch(size_t(threads)) {}
+
+  Team team;
+  Tiles tiles[3];  // used in turn: one is claimed from, one is at rest, one is being reset
+  std::vector<std::vector<char>> scratch;  // of each thread
+  std::vector<char> rows;                  // prepared rows, shared
+  std::vector<Partial> partials;
+  std::vector<float> partial_acc;
+};
+
+class Run {
+ public:
+  Run(Engine& engine, const Model& model, const Step& step)
+      : engine_(engine), model_(model), step_(step) {
+    for (int s = 0; s < step.num_sequences; ++s)
+      sequences_.push_back({step.query_start[s], step.query_start[s + 1] - step.query_start[s],
+                            step.seq_lens[s], step.block_tables + size_t(s) * step.max_blocks});
+    size_t row_bytes = 0, widest = 0;
+    bool attends = false;
+    for (int i = 0; i < model.num_instructions; ++i) {
+      const Instruction& op = model.instructions[i];
+      attends |= op.op == kAttend;
+      if (op.op != kLinear) continue;
+      row_bytes = std::max(row_bytes, prepared_bytes(op.matrix));
+      widest = std::max(widest, size_t(op.matrix.cols));
+    }
+    if (attends) {
+      work_ = plan(model.heads, sequences_.data(), step.num_sequences);
+      grow(engine.partials, size_t(work_.num_partials));
+      grow(engine.partial_acc, size_t(work_.num_partials) * model.heads.head_dim);
+    }
+    grow(engine.rows, row_bytes * step.num_tokens + 64);
+    row_scratch_ = (widest * 4 + 63) / 64 * 64;
+    const size_t each = row_scratch_ + row_bytes * kFewRows +
+                        attention_scratch(std::max(model.heads.head_dim, 16)) * 4 + 128;
+    for (auto& own : engine.scratch) grow(own, each);
+    for (auto& tiles : engine.tiles) tiles.reset();
+  }
+
+  void operator()(int thread) {
+    int phase = 0;
+    for (int i = 0; i < model_.num_instructions; ++i) {
+      const Instruction& op = model_.instructions[i];
+      switch (op.op) {
+        case kEmbed: by_token(phase, [&](int t) { embed(op, t); }); break;
+        case kLinear: linear(op, thread, phase); break;
+        case kRopeKV: by_token(phase, [&](int t) { rope_kv(op, t); }); break;
+        case kAttend: attend(op, thread, phase); break;
+        case kNorm:
+          by_token(phase, [&](int t) {
+            rms_norm(row(op.in, t), op.norm, op.eps, step_.widths[op.in], row(op.out, t));
+          });
+          break;
+      }
+    }
+  }
+
+ private:
+  template <class T>
+  static void grow(std::vector<T>& v, size_t size) {
+    if (v.size() < size) v.resize(size);
+  }
+
+  static size_t prepared_bytes(const Matrix& m) {
+    return is_quantized(m) ? quant_bytes(m.cols) : size_t(m.cols) * 4;
+  }
+
+  float* row(int buffer, int t) const {
+    return step_.buffers[buffer] + size_t(t) * step_.widths[buffer];
+  }
+
+  static char* aligned(char* p) {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+  }
+
+  // A phase: tiles 0 .. count - 1 shared out among the threads, and all meet at its end. The next
+  // phase's counter was reset two phases ago, when nobody could be claiming from it.
+  template <class Body>
+  void shared(int& phase, int count, Body&& body) {
+    Tiles& tiles = engine_.tiles[phase % 3];
+    for (int i; (i = tiles.claim()) < count;) body(i);
+    engine_.tiles[(phase + 2) % 3].reset();
+    ++phase;
+    engine_.team.barrier();
+  }
+
+  template <class Body>
+  void by_token(int& phase, Body&& body) {
+    const int at_once = step_.num_tokens >= 64 ? 8 : 1;
+    const int count = (step_.num_tokens + at_once - 1) / at_once;
+    shared(phase, count, [&](int i) {
+      const int end = std::min(step_.num_tokens, (i + 1) * at_once);
+      for (int t = i * at_once; t < end; ++t) body(t);
+    });
+  }
+
+  void embed(const Instruction& op, int t) {
+    unpack_row(op.matrix, int(step_.token_ids[t]), row(op.out, t));
+  }
+
+  // Row t on its way into the matrix: norm or silu, then int8 where the matrix is quantised.
+  void prepare(const Instruction& op, int t, char* own, char* rows, int to) const {
+    const int cols = op.matrix.cols;
+    const bool quantized = is_quantized(op.matrix);
+    const float* x = row(op.in, t);
+    float* plain = quantized ? reinterpret_cast<float*>(own)
+                             : reinterpret_cast<float*>(rows) + size_t(to) * cols;
+    if (op.transform == kNormed) rms_norm(x, op.norm, op.eps, cols, plain);
+    else if (op.transform == kSilu) silu_and_mul(x, cols, plain);
+    else if (quantized) plain = const_cast<float*>(x);
+    else std::memcpy(plain, x, size_t(cols) * 4);
+    if (quantized) quantize(plain, cols, quant_row(rows, cols, to));
+  }
+
+  void linear(const Instruction& op, int thread, int& phase) {
+    const int tokens = step_.num_tokens;
+    char* own = aligned(engine_.scratch[size_t(thread)].data());
+    char* rows;
+    if (tokens <= kFewRows) {
+      rows = own + row_scratch_;
+      for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows, t);
+    } else {
+      rows = aligned(engine_.rows.data());
+      by_token(phase, [&](int t) { prepare(op, t, own, rows, t); });
+    }
+    const Output out{step_.buffers[op.out], step_.widths[op.out], op.add != 0};
+    const int strips = num_strips(op.matrix);
+    const int chunks = (tokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    // A few strips at a time where there are many, so that claiming costs nothing.
+    const int at_once = std::max(1, std::min(8, strips / (engine_.team.size() * 8)));
+    const int groups = (strips + at_once - 1) / at_once;
+    shared(phase, groups * chunks, [&](int i) {
+      const int first = i / chunks * at_once, chunk = i % chunks;
+      const int last_row = std::min(tokens, (chunk + 1) * kRowsAtOnce);
+      for (int strip = first; strip < std::min(strips, first + at_once); ++strip)
+        strip_rows(op.matrix, strip, rows, chunk * kRowsAtOnce, last_row, out);
+    });
+  }
+
+  Cache cache(const Instruction& op) const {
+    return {step_.kv + op.layer * step_.layer_stride, step_.num_blocks};
+  }
+
+  void rope_kv(const Instruction& op, int t) {
+    const Heads& h = model_.heads;
+    const int dim = h.head_dim, half = model_.rotary / 2;
+    const float* cos = step_.cos + step_.positions[t] * half;
+    const float* sin = step_.sin + step_.positions[t] * half;
+    float* q = row(op.in, t);
+    float* k = q + size_t(h.num_heads) * dim;
+    const float* v = k + size_t(h.num_kv_heads) * dim;
+    const float scale = kLog2e / std::sqrt(float(dim));
+    for (int i = 0; i < h.num_heads; ++i) {
+      if (op.q_norm) rms_norm(q + i * dim, op.q_norm, op.eps, dim, q + i * dim);
+      rotate(q + i * dim, cos, sin, model_.rotary, dim, scale);
+    }
+    const Cache to = cache(op);
+    for (int i = 0; i < h.num_kv_heads; ++i) {
+      if (op.k_norm) rms_norm(k + i * dim, op.k_norm, op.eps, dim, k + i * dim);
+      rotate(k + i * dim, cos, sin, model_.rotary, dim, 1.0f);
+      write_kv(h, to, step_.slots[t], i, k + i * dim, v + i * dim);
+    }
+  }
+
+  void attend(const Instruction& op, int thread, int& phase) {
+    const Attention a{model_.heads,        cache(op),      row(op.in, 0),
+                      step_.widths[op.in], row(op.out, 0), sequences_.data(),
+                      op.window,           engine_.partials.data(), engine_.partial_acc.data()};
+    float* scratch = reinterpret_cast<float*>(aligned(engine_.scratch[size_t(thread)].data()));
+    shared(phase, int(work_.items.size()), [&](int i) { run_item(a, work_.items[size_t(i)], scratch); });
+    if (!work_.merges.empty())
+      shared(phase, int(work_.merges.size()),
+             [&](int i) { run_merge(a, work_.merges[size_t(i)], scratch); });
+  }
+
+  Engine& engine_;
+  const Model& model_;
+  const Step& step_;
+  std::vector<Sequence> sequences_;
+  Work work_;
+  size_t row_scratch_ = 0;
+};
+
+}  // namespace
+
+extern "C" {
+
+const char* hw_instruction_set() {
+#if HW_AVX512
+  return "avx512-vnni";
+#elif HW_AVX2
+  return "avx2";
+#else
+  return "portable";
+#endif
+}
+
+int32_t hw_sizeof_instruction() { return sizeof(Instruction); }
+int32_t hw_sizeof_step() { return sizeof(Step); }
+
+void* hw_create(int32_t threads) { return new Engine(threads < 1 ? 1 : threads); }
+void hw_destroy(void* engine) { delete static_cast<Engine*>(engine); }
+
+int64_t hw_strip_bytes(int32_t kind, int32_t cols) { return int64_t(strip_bytes(kind, cols)); }
+
+// Rows of a matrix into their strips, the first one at output `row`. kQ4: Q4_1 blocks; kQ8: Q8_0
+// blocks; kBF16, kF32: plain values.
+void hw_pack(int32_t kind, const uint8_t* source, int32_t row, int32_t rows, int32_t cols,
+             uint8_t* packed) {
+  const size_t strip = strip_bytes(kind, cols), groups = size_t(cols) / kGroup;
+  for (int r = 0; r < rows; ++r) {
+    const int out = row + r, lane = out % kStrip;
+    uint8_t* to = packed + size_t(out / kStrip) * strip;
+    switch (kind) {
+      case kQ4: pack_q4(source + size_t(r) * groups * 20, cols, lane, to); break;
+      case kQ8: pack_q8(source + size_t(r) * groups * 34, cols, lane, to); break;
+      case kBF16:
+        for (int k = 0; k < cols; ++k)
+          std::memcpy(to + (size_t(k) * kStrip + lane) * 2, source + (size_t(r) * cols + k) * 2, 2);
+        break;
+      default:
+        for (int k = 0; k < cols; ++k)
+          std::memcpy(to + (size_t(k) * kStrip + lane) * 4, source + (size_t(r) * cols + k) * 4, 4);
+    }
+  }
+}
+
+void hw_run(void* engine, const Model* model, const Step* step) {
+  if (step->num_tokens < 1) return;
+  Engine& e = *static_cast<Engine*>(engine);
+  Run run(e, *model, *step);
+  e.team.run([&](int thread) { run(thread); });
+}
+
+}  // extern "C"
