@@ -10,6 +10,7 @@ and on nothing else, not on the batch, the chunk, the block table or the number 
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from model.attention import AttentionMetadata
 from model.config import DecoderConfig
 from model.ops import kernels
 from model.ops.base import Weight
+from model.ops.memory import Arena, allocate
 from model.ops.program import (
     STRIP,
     CModel,
@@ -66,6 +68,7 @@ class NativeOps:
         self._kernels = kernels.load(instruction_set)
         self._library = self._kernels.library
         self._quantize = quantize
+        self._arena = Arena()
         self._engine = self._library.hw_create(num_threads)
         weakref.finalize(self, self._library.hw_destroy, self._engine)
         self._programs: weakref.WeakKeyDictionary[Decoder, Program] = weakref.WeakKeyDictionary()
@@ -88,7 +91,7 @@ class NativeOps:
         rows = sum(part.shape[0] for part in parts)
         kind = self._kind(parts)
         strips = -(-rows // STRIP)
-        data = torch.zeros((strips, self._library.hw_strip_bytes(kind, cols)), dtype=torch.uint8)
+        data = self._arena.take((strips, self._library.hw_strip_bytes(kind, cols)))
         row = 0
         for part in parts:
             source = _as_packed(part, kind)
@@ -129,7 +132,7 @@ class NativeOps:
             block_size // STRIP,
             STRIP * config.head_dim,
         )
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return allocate(2 * math.prod(shape)).view(torch.bfloat16).view(shape)
 
     def _kind(self, parts: Sequence[RawTensor]) -> Kind:
         """One kind for all parts of a fused matrix; plain floats where they cannot agree."""

@@ -21,6 +21,7 @@
 namespace hw {
 
 constexpr int kStrip = 16;
+constexpr int kAhead = 2048;  // bytes of weights to ask for beforehand
 
 enum Kind : int32_t { kQ4 = 0, kQ8 = 1, kBF16 = 2, kF32 = 3 };
 
@@ -164,61 +165,83 @@ inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
 
 constexpr int kMaxRows = 4;
 
-// 8 products of at most 15 * 127, two by two, stay within int16: 8 * 2 * 15 * 127 = 30480.
+// Half a tile: 8 outputs. 8 products of at most 15 * 127, two by two, stay within int16: 8 * 2 * 15
+// * 127 = 30480. The steps are unrolled for one row only: with more rows, an unrolled loop needs more
+// registers than there are.
 template <int M>
-inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
-  const __m256i low_mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 1
-  for (int half = 0; half < 2; ++half) {
-    __m256i sum[M];
-    for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
-#pragma GCC unroll 1
-    for (int step = 0; step < 4; ++step) {
-      const __m256i both =
-          _mm256_loadu_si256((const __m256i*)(tile + step * 64 + half * 32));
-      const __m256i low = _mm256_and_si256(both, low_mask);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_mask);
+inline void half_q4_step(const uint8_t* tile, const int8_t* const* q, int step, __m256i* sum) {
+  const __m256i low_mask = _mm256_set1_epi8(15);
+  const __m256i both = _mm256_loadu_si256((const __m256i*)(tile + step * 64));
+  const __m256i low = _mm256_and_si256(both, low_mask);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_mask);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const __m256i a = _mm256_set1_epi32(four_bytes(q[m] + step * 8));
-        const __m256i b = _mm256_set1_epi32(four_bytes(q[m] + step * 8 + 4));
-        sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, a));
-        sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, b));
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      const __m256 value = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[m], ones));
-      if (half == 0) dot[m].lo = value; else dot[m].hi = value;
-    }
+  for (int m = 0; m < M; ++m) {
+    const __m256i a = _mm256_set1_epi32(four_bytes(q[m] + step * 8));
+    const __m256i b = _mm256_set1_epi32(four_bytes(q[m] + step * 8 + 4));
+    sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, a));
+    sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, b));
   }
+}
+
+template <int M>
+inline void half_q4(const uint8_t* tile, const int8_t* const* q, __m256* dot) {
+  __m256i sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
+  if (M == 1) {
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) half_q4_step<M>(tile, q, step, sum);
+  } else {
+#pragma GCC unroll 1
+    for (int step = 0; step < 4; ++step) half_q4_step<M>(tile, q, step, sum);
+  }
+  for (int m = 0; m < M; ++m)
+    dot[m] = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[m], _mm256_set1_epi16(1)));
 }
 
 // `vpmaddubsw` saturates on unsigned bytes beyond 127: |weight| <= 127 with its sign moved to the
 // activation stays within int16 (2 * 127 * 127), but two of them do not.
 template <int M>
-inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
-  const __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 1
-  for (int half = 0; half < 2; ++half) {
-    __m256i sum[M];
-    for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
-#pragma GCC unroll 1
-    for (int step = 0; step < 8; ++step) {
-      const __m256i weights =
-          _mm256_loadu_si256((const __m256i*)(tile + step * 64 + half * 32));
-      const __m256i size = _mm256_abs_epi8(weights);
+inline void half_q8_step(const uint8_t* tile, const int8_t* const* q, int step, __m256i* sum) {
+  const __m256i weights = _mm256_loadu_si256((const __m256i*)(tile + step * 64));
+  const __m256i size = _mm256_abs_epi8(weights);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const __m256i four = _mm256_set1_epi32(four_bytes(q[m] + step * 4));
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, weights));
-        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(pairs, ones));
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      const __m256 value = _mm256_cvtepi32_ps(sum[m]);
-      if (half == 0) dot[m].lo = value; else dot[m].hi = value;
-    }
+  for (int m = 0; m < M; ++m) {
+    const __m256i four = _mm256_set1_epi32(four_bytes(q[m] + step * 4));
+    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, weights));
+    sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+}
+
+template <int M>
+inline void half_q8(const uint8_t* tile, const int8_t* const* q, __m256* dot) {
+  __m256i sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
+  if (M == 1) {
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step) half_q8_step<M>(tile, q, step, sum);
+  } else {
+#pragma GCC unroll 1
+    for (int step = 0; step < 8; ++step) half_q8_step<M>(tile, q, step, sum);
+  }
+  for (int m = 0; m < M; ++m) dot[m] = _mm256_cvtepi32_ps(sum[m]);
+}
+
+template <int M>
+inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  __m256 half[M];
+  half_q4<M>(tile, q, half);
+  for (int m = 0; m < M; ++m) dot[m].lo = half[m];
+  half_q4<M>(tile + 32, q, half);
+  for (int m = 0; m < M; ++m) dot[m].hi = half[m];
+}
+
+template <int M>
+inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+  __m256 half[M];
+  half_q8<M>(tile, q, half);
+  for (int m = 0; m < M; ++m) dot[m].lo = half[m];
+  half_q8<M>(tile + 32, q, half);
+  for (int m = 0; m < M; ++m) dot[m].hi = half[m];
 }
 
 #else
@@ -291,6 +314,10 @@ inline void strip_quantized(const Matrix& m, int strip, const char* rows, int ro
   for (int g = 0; g < groups; ++g) {
     F16 dot[M];
     for (int i = 0; i < M; ++i) q[i] = r[i].q + g * kGroup;
+    // The weights of few rows come from memory; the CPU's own prefetcher stops at each page.
+    if (M <= 2)
+      for (size_t line = 0; line < tile_bytes; line += 64)
+        __builtin_prefetch(data + g * tile_bytes + kAhead + line);
     if (q4) {
       dots_q4<M>(data + g * tile_bytes, q, dot);
       const F16 scale = load_half(scales + g * 32), minimum = load_half(scales + g * 32 + 16);
