@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import server
@@ -23,16 +24,18 @@ from server.errors import (
     ServerDraining,
     ServerError,
 )
+from server.gates import HostGate, OwnerGate
 from server.middleware import MAX_BODY_BYTES, RequestGate
+from server.owners import Owners
 from server.responses import error_response, validation_error
 from server.services import Services
 from server.settings import Settings
 from server.text.tokenizer import TokenizerError
 
 
-def create_app(settings: Settings, files: ModelFiles) -> FastAPI:
-    """The application that serves `files`. The engine is spawned when it starts up."""
-    services = Services.create(settings, files)
+def create_app(settings: Settings, files: ModelFiles, owners: Owners) -> FastAPI:
+    """The application that serves `files` to `owners`. The engine is spawned when it starts up."""
+    services = Services.create(settings, files, owners)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,8 +58,24 @@ def create_app(settings: Settings, files: ModelFiles) -> FastAPI:
     for router in (chat, completions, models, tokens, health):
         app.include_router(router.router)
     _handle_errors(app, services)
-    app.add_middleware(RequestGate, metrics=services.metrics)
+    _add_gates(app, services)
     return app
+
+
+def _add_gates(app: FastAPI, services: Services) -> None:
+    """The layers in front of the routes; the last one is the outermost."""
+    settings, metrics = services.settings, services.metrics
+    app.add_middleware(OwnerGate, owners=services.owners, metrics=metrics)
+    if settings.cors_origins:  # outside the keys: a browser's preflight request has none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-headwater-generation", "retry-after"],
+        )
+    app.add_middleware(HostGate, settings=settings, metrics=metrics)
+    app.add_middleware(RequestGate, metrics=metrics)
 
 
 def begin_drain(app: FastAPI, grace: float, then: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""headwater serve | pull | run | bench | doctor"""
+"""headwater serve | pull | run | bench | key | doctor"""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ import server
 from model.hub import DEFAULT_MODEL, HubError, ModelFiles, check_memory, resolve
 from server.listen import ListenError, bind
 from server.logs import set_up_logs
+from server.owners import Owners, OwnersError, key_line, make_key
+from server.secret import SecretError, load_secret
 from server.settings import Settings
 
 app = typer.Typer(
@@ -49,7 +51,7 @@ def _explained() -> Iterator[None]:
     """Errors for people: one line on stderr and an exit code, never a traceback."""
     try:
         yield
-    except (Fault, HubError, ListenError) as error:
+    except (Fault, HubError, ListenError, OwnersError, SecretError) as error:
         sys.stderr.write(f"headwater: {error}\n")
         raise typer.Exit(error.code if isinstance(error, Fault) else 1) from None
 
@@ -100,8 +102,21 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="requests per step [32]")] = None,
     max_queue: Annotated[int | None, typer.Option(help="requests that may wait [256]")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="KV cache, for example 512MiB")] = None,
+    disk_cache: Annotated[
+        str | None, typer.Option(help="KV cache on disk, a size or off [2GiB]")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of what outlives the server")] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="the keys that are let in; headwater key makes them")
+    ] = None,
     no_auth: Annotated[
         bool | None, typer.Option("--no-auth", help="allow an address beyond loopback without keys")
+    ] = None,
+    allowed_hosts: Annotated[
+        str | None, typer.Option(help="names of this server beside loopback, separated by commas")
+    ] = None,
+    cors_origins: Annotated[
+        str | None, typer.Option(help="origins whose pages may ask [none], separated by commas")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error")] = None,
 ) -> None:
@@ -120,23 +135,31 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_queue=max_queue,
             kv_memory=kv_memory,
+            disk_cache=disk_cache,
+            data=data,
+            api_keys_file=api_keys_file,
             no_auth=no_auth,
+            allowed_hosts=allowed_hosts,
+            cors_origins=cors_origins,
             log_level=log_level,
         )
+        owners = Owners.load(settings.api_keys_file, load_secret(settings.data_folder))
+        if owners.warning:
+            sys.stderr.write(f"headwater: {owners.warning}\n")
         sock = bind(settings)
         with contextlib.closing(sock):
             files = _resolve(settings)
-            raise typer.Exit(asyncio.run(_serve(settings, files, sock)))
+            raise typer.Exit(asyncio.run(_serve(settings, files, owners, sock)))
 
 
-async def _serve(settings: Settings, files: ModelFiles, sock: socket.socket) -> int:
+async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: socket.socket) -> int:
     """Run until a signal, or until the engine is beyond help. Returns the exit code."""
     import uvicorn
 
     from server.app import begin_drain, create_app
 
     with _text_files_explained(files):
-        application = create_app(settings, files)
+        application = create_app(settings, files, owners)
     services = application.state.services
     client = services.client
     # Why an engine could not start is the command's last line: the log need not say it as well.
@@ -229,7 +252,7 @@ def run(
     with _explained():
         model, text = _model_and_prompt(model_or_prompt, prompt)
         set_up_logs("critical")  # what goes wrong is said in one line of its own
-        settings = _settings(model=model)
+        settings = _settings(model=model, disk_cache=0)  # a server may be using the folder
         files = _resolve(settings)
         options = RunOptions(text, system, max_tokens, temperature, seed)
         with _text_files_explained(files):
@@ -245,6 +268,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="length of the prompts, about")] = 100,
     max_tokens: Annotated[int, typer.Option(help="tokens of each answer")] = 128,
     turns: Annotated[int, typer.Option(help="turns of each conversation")] = 1,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HEADWATER_API_KEY", help="where the server asks for one")
+    ] = None,
 ) -> None:
     """Time to first token, inter-token time, tokens/s: a table, then JSON."""
     from server.bench import main as bench_main
@@ -264,8 +290,29 @@ def bench(
                 prompt_tokens=prompt_tokens,
                 max_tokens=max_tokens,
                 turns=turns,
+                api_key=api_key,
             )
         )
+
+
+@app.command()
+def key(
+    owner: Annotated[str, typer.Argument(help="whose key it is, as the file names its owner")],
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, max=999_999, help="answers the owner may have at a time")
+    ] = None,
+) -> None:
+    """A fresh API key, to stdout; the line to add to the file of keys, to stderr.
+
+    The file holds only the key's SHA-256, so the key is shown this once."""
+    with _explained():
+        fresh = make_key()
+        line = key_line(owner, fresh, max_concurrent)
+        sys.stderr.write(
+            "# the key on stdout is shown this once; the file of HEADWATER_API_KEYS_FILE gets this "
+            f"line:\n{line}\n"
+        )
+        sys.stdout.write(f"{fresh}\n")
 
 
 @app.command()

@@ -8,6 +8,9 @@ HeadwaterError
 |  |- MethodNotAllowed      405  invalid_value
 |  |- RequestTooLarge       413  request_too_large
 |  `- UnsupportedMediaType  415  unsupported_media_type
+|- AuthenticationError      401  invalid_api_key  (with WWW-Authenticate)
+|- PermissionDenied         403  forbidden
+|- RateLimited              429  rate_limited  (with Retry-After)
 |- Overloaded               503  (with Retry-After)
 |  |- QueueFull             503  queue_full
 |  |- EngineStarting        503  engine_starting
@@ -96,6 +99,32 @@ class RequestTooLarge(InvalidRequest):
 class UnsupportedMediaType(InvalidRequest):
     status = 415
     default_code = "unsupported_media_type"
+
+
+class AuthenticationError(HeadwaterError):
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class PermissionDenied(HeadwaterError):
+    """Never for what belongs to somebody else: that is NotFound."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
+
+
+class RateLimited(HeadwaterError):
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after=retry_after)
 
 
 class Overloaded(HeadwaterError):

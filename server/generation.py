@@ -18,8 +18,16 @@ import msgspec
 from model.engine.messages import Submit, TokenLogprob, TokenOutput
 from model.engine.request import SamplingParams
 from server.engine_client import EngineClient
-from server.errors import HeadwaterError, InvalidRequest, QueueFull, ServerError, from_engine
+from server.errors import (
+    HeadwaterError,
+    InvalidRequest,
+    QueueFull,
+    RateLimited,
+    ServerError,
+    from_engine,
+)
 from server.metrics import Metrics
+from server.owners import Owner
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
@@ -62,9 +70,10 @@ class Timings:
 
 @dataclass(eq=False)
 class Generation:
-    """One choice of an answer. `feed` is the engine client's sink."""
+    """One choice of an answer. `feed` is the engine client's sink; `owner` is a name."""
 
     id: str
+    owner: str
     prompt_token_ids: list[int]
     params: SamplingParams
     detokenizer: Detokenizer
@@ -239,14 +248,16 @@ class Generations:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
+        owner: Owner,
         n: int = 1,
         stop: Sequence[str] = (),
     ) -> list[Generation]:
         """Submit `n` choices for each prompt (token ids), in order; all of them or none.
 
-        Raises QueueFull, or why the engine takes no requests now."""
+        Raises RateLimited, QueueFull, or why the engine takes no requests now."""
         self._client.check_ready()
         num_more = n * len(prompts)
+        self._check_limit(owner, num_more)
         if num_more > self._capacity:
             raise InvalidRequest(
                 f"the request asks for {num_more} answers; this server takes at most "
@@ -266,6 +277,7 @@ class Generations:
             for choice_index in range(n):
                 generation = Generation(
                     id=f"gen_{secrets.token_hex(16)}",
+                    owner=owner.name,
                     prompt_token_ids=prompt,
                     params=msgspec.structs.replace(
                         params, prompt_index=prompt_index, choice_index=choice_index
@@ -281,10 +293,30 @@ class Generations:
                 generation.timings.submitted = time.monotonic()
                 self._live[generation.id] = generation
                 self._client.submit(
-                    Submit(generation.id, prompt, generation.params), generation.feed
+                    Submit(generation.id, prompt, generation.params, salt=owner.salt),
+                    generation.feed,
                 )
                 generations.append(generation)
         return generations
+
+    def _check_limit(self, owner: Owner, num_more: int) -> None:
+        """Raises RateLimited while the owner has as many answers running as it may have."""
+        limit = owner.max_concurrent
+        if limit is None:
+            return
+        if num_more > limit:
+            raise InvalidRequest(
+                f"the request asks for {num_more} answers; the limit of {owner.name} is {limit} "
+                "at a time",
+                param="n",
+            )
+        running = sum(g.owner == owner.name for g in self._live.values())
+        if running + num_more > limit:
+            raise RateLimited(
+                f"{owner.name} has {running} answers running or waiting and the limit is {limit}; "
+                "try again when one has ended",
+                retry_after=min(max(self._mean_seconds, 1.0), 60.0),
+            )
 
     def cancel(self, generations: Iterable[Generation]) -> None:
         """The reader is gone: stop computing. Generations that ended are left as they are."""

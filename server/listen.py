@@ -46,9 +46,10 @@ def _address(settings: Settings) -> tuple[socket.AddressFamily, str]:
     except (OSError, UnicodeError):
         raise ListenError(f"--host {host!r} is neither an address nor a known name") from None
     family, address = found[0][0], str(found[0][4][0])
-    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback and not settings.no_auth:
+    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if not loopback and settings.api_keys_file is None and not settings.no_auth:
         raise ListenError(
             f"--host {host} is reachable from other machines and no API keys are set; "
-            "bind 127.0.0.1, or say --no-auth if that is what you want"
+            "bind 127.0.0.1, set keys (--api-keys-file), or say --no-auth if that is what you want"
         )
     return family, address

@@ -32,6 +32,8 @@ class _EngineCollector(Collector):
             ("requests_waiting", "Requests waiting for a place.", self._waiting()),
             ("engine_up", "1 while the engine takes requests.", self._up()),
             ("asyncio_tasks", "Tasks of the API process's event loop.", len(asyncio.all_tasks())),
+            ("disk_files", "Blocks in the disk tier.", stats.disk.num_files),
+            ("disk_bytes", "Size of the disk tier.", stats.disk.num_bytes),
         ):
             yield GaugeMetricFamily(f"headwater_{name}", text, value)
         blocks = GaugeMetricFamily(
@@ -48,7 +50,8 @@ class _EngineCollector(Collector):
         hits = CounterMetricFamily(
             "headwater_prefix_hit_tokens", "Prompt tokens found in a cache.", labels=["tier"]
         )
-        hits.add_metric(["device"], stats.reused_tokens)
+        hits.add_metric(["device"], stats.reused_tokens - stats.disk_tokens)
+        hits.add_metric(["disk"], stats.disk_tokens)
         yield hits
         for name, text, value in (
             ("prefill_tokens", "Prompt tokens computed.", stats.prompt_tokens),
@@ -57,6 +60,13 @@ class _EngineCollector(Collector):
             ("preemptions", "Requests sent back to the queue.", stats.preemptions),
             ("engine_aborts", "Requests aborted in the engine.", stats.aborted),
             ("engine_steps", "Steps of the engine.", stats.steps),
+            ("disk_hits", "Blocks read from the disk tier.", stats.disk.hits),
+            ("disk_misses", "Blocks that the disk tier did not have.", stats.disk.misses),
+            ("disk_corrupt", "Files that were not what they should be.", stats.disk.corrupt),
+            ("disk_errors", "Reads and writes of the disk tier that failed.", stats.disk.errors),
+            ("disk_written", "Blocks written to the disk tier.", stats.disk.written),
+            ("disk_evicted", "Blocks removed from the disk tier.", stats.disk.evicted),
+            ("disk_dropped", "Blocks that were not written.", stats.disk.dropped),
         ):
             yield CounterMetricFamily(f"headwater_{name}", text, value)
 

@@ -64,6 +64,7 @@ class RequestGate:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
+            owner = scope["state"].get("owner")
             log.info(
                 "request",
                 method=scope["method"],
@@ -71,6 +72,7 @@ class RequestGate:
                 status=status,
                 ms=round(1000 * (time.monotonic() - started), 1),
                 request_id=request_id,
+                **({"owner": owner.name} if owner is not None and owner.name else {}),
             )
 
 

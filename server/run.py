@@ -11,6 +11,8 @@ from server.api.chat import ChatMessage, ChatRequest, prompt_token_ids
 from server.api.sampling import room_for_answer
 from server.errors import HeadwaterError, Overloaded
 from server.generation import Delta, Failed, read
+from server.owners import Owners
+from server.secret import load_secret
 from server.services import Services
 from server.settings import Settings
 from server.text.tokenizer import TokenizerError
@@ -29,7 +31,8 @@ class RunOptions:
 
 async def run_once(settings: Settings, files: ModelFiles, options: RunOptions) -> int:
     """Start an engine, stream one answer, stop the engine. Returns the exit code."""
-    services = Services.create(settings, files)
+    owners = Owners(load_secret(settings.data_folder))  # whoever runs a command needs no key
+    services = Services.create(settings, files, owners)
     services.supervisor.start()
     try:
         _status(f"loading {files.name}")
@@ -67,7 +70,7 @@ async def _answer(services: Services, options: RunOptions) -> int:
         services.client.check_ready(), len(prompt), options.max_tokens, param="max_tokens"
     )
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=None)
-    generations = services.generations.start([prompt], params)
+    generations = services.generations.start([prompt], params, owner=services.owners.local)
     _status("")
     async for batch in read(generations):
         for _, event in batch:

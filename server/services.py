@@ -14,6 +14,7 @@ from model.hub import ModelFiles
 from server.engine_client import EngineClient
 from server.generation import Generations
 from server.metrics import Metrics
+from server.owners import Owner, Owners
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.text.chat_template import ChatTemplate
@@ -24,6 +25,7 @@ from server.text.tokenizer import Tokenizer
 class Services:
     settings: Settings
     files: ModelFiles
+    owners: Owners
     tokenizer: Tokenizer
     template: ChatTemplate
     client: EngineClient
@@ -34,13 +36,14 @@ class Services:
     draining: asyncio.Task[None] | None = None
 
     @classmethod
-    def create(cls, settings: Settings, files: ModelFiles) -> Services:
+    def create(cls, settings: Settings, files: ModelFiles, owners: Owners) -> Services:
         tokenizer = Tokenizer.load(files.folder)
         client = EngineClient()
         metrics = Metrics(client)
         return cls(
             settings=settings,
             files=files,
+            owners=owners,
             tokenizer=tokenizer,
             template=ChatTemplate.for_tokenizer(files.chat_template, tokenizer),
             client=client,
@@ -78,4 +81,11 @@ def _services(request: Request) -> Services:
     return services
 
 
+def _owner(request: Request) -> Owner:
+    """Whom the gate let in. Fails (500) where no gate was passed."""
+    owner: Owner = request.scope["state"]["owner"]
+    return owner
+
+
 Shared = Annotated[Services, Depends(_services)]
+Caller = Annotated[Owner, Depends(_owner)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -21,7 +23,38 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_size_or_off(value: object) -> object:
+    """Bytes, 0 for 'off'. Raises ValueError for what is neither."""
+    return 0 if isinstance(value, str) and value.strip().lower() == "off" else parse_size(value)
+
+
+def split_names(value: object) -> object:
+    """The names of a list that is separated by commas, in lower case."""
+    if not isinstance(value, str):
+        return value
+    return tuple(name.strip().lower() for name in value.split(",") if name.strip())
+
+
+def _is_host(name: str) -> str:
+    if not re.fullmatch(r"\*|(\*\.)?[a-z0-9._-]+|[0-9a-f:]+", name):
+        raise ValueError(f"{name!r} is not a host; write names without scheme and port")
+    return name
+
+
+def _is_origin(origin: str) -> str:
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s@]+", origin):
+        raise ValueError(f"{origin!r} is not an origin; write for example https://chat.example.com")
+    return origin
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
+SizeOrOff = Annotated[int, BeforeValidator(parse_size_or_off)]
+Hosts = Annotated[
+    tuple[Annotated[str, AfterValidator(_is_host)], ...], BeforeValidator(split_names), NoDecode
+]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_is_origin)], ...], BeforeValidator(split_names), NoDecode
+]
 
 
 class Settings(BaseSettings):
@@ -32,9 +65,13 @@ class Settings(BaseSettings):
     )
 
     model: str = "smollm2-135m"
+    data: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     no_auth: bool = False
+    api_keys_file: Path | None = None
+    allowed_hosts: Hosts | None = None
+    cors_origins: Origins | None = None
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -46,6 +83,7 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(default=512, ge=1, le=65536)
     block_size: int = Field(default=16, ge=1, le=256)
     kv_memory: Size | None = Field(default=None, ge=1 << 20)
+    disk_cache: SizeOrOff = Field(default=2 << 30, ge=0)
     check_accounting: bool = False
 
     max_queue: int = Field(default=256, ge=0)
@@ -53,3 +91,12 @@ class Settings(BaseSettings):
     shutdown_grace: float = Field(default=5.0, ge=0)
     send_timeout: float = Field(default=30.0, gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def data_folder(self) -> Path:
+        """Where the server keeps what outlives it: `data`, else a folder of the user (XDG)."""
+        if self.data is not None:
+            return self.data
+        xdg = os.environ.get("XDG_DATA_HOME", "")
+        base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local" / "share"
+        return base / "headwater"

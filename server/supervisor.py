@@ -200,5 +200,7 @@ class Supervisor:
             max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
             block_size=settings.block_size,
             kv_memory=settings.kv_memory,
+            disk_folder=str((settings.data_folder / "kv").absolute()),
+            disk_bytes=settings.disk_cache,
             check_accounting=settings.check_accounting,
         )

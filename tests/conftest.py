@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch is imported anywhere: its threads must not spin while other processes want the core.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test writes into the home of whoever runs it; servers that are started get folders of their own.
+_DATA = tempfile.TemporaryDirectory(prefix="headwater-tests-")
+os.environ["HEADWATER_DATA"] = _DATA.name
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -202,8 +202,10 @@ def test_form(script: Path) -> None:
     assert lines[1].startswith("# ") and len(lines[1]) <= 100
     assert lines[2] == "set -euo pipefail"
     assert lines[3] == "url=${HEADWATER_URL:-http://127.0.0.1:8000}"
+    assert lines[4] == ('key=(${HEADWATER_API_KEY:+-H "Authorization: Bearer $HEADWATER_API_KEY"})')
     calls = [line for line in lines if re.search(r"\bcurl -", line)]
     assert calls and all("-sS --fail-with-body" in line for line in calls)
+    assert all('"${key[@]}" "$url/' in line for line in calls)
     assert ('"stream": true' in script.read_text()) == any(" -N " in line for line in calls)
     assert f"({script.name})" in (FOLDER / "README.md").read_text(), "it is not in the README"
 

@@ -2,5 +2,6 @@
 # Counters, gauges and histograms for Prometheus.
 set -euo pipefail
 url=${HEADWATER_URL:-http://127.0.0.1:8000}
+key=(${HEADWATER_API_KEY:+-H "Authorization: Bearer $HEADWATER_API_KEY"})
 
-curl -sS --fail-with-body "$url/metrics"
+curl -sS --fail-with-body "${key[@]}" "$url/metrics"

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from model.engine.backing import Backing
 from model.engine.messages import (
+    DiskStats,
     EngineStats,
     RequestError,
     StepOutputs,
@@ -93,7 +95,7 @@ class PrefillClock:
 
 class Engine:
     """Requests in, `StepOutputs` out. `static_root` is the hash of everything but the tenant that
-    could change a bit of the KV."""
+    could change a bit of the KV; `backing` is the tier behind the scheduler's pool."""
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class Engine:
         vocab_size: int,
         static_root: Key,
         epoch: int = 0,
+        backing: Backing | None = None,
         check_accounting: bool = False,
     ) -> None:
         self.scheduler = scheduler
@@ -110,12 +113,15 @@ class Engine:
         self._runner = runner
         self._vocab_size = vocab_size
         self._static_root = static_root
+        self._backing = backing
+        self._reported = DiskStats()
         self._check_accounting = check_accounting
         self._clock = PrefillClock(scheduler.max_num_batched_tokens)
         self._refused: list[TokenOutput] = []
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._reused_tokens = 0
+        self._disk_tokens = 0
         self._aborted = 0
         self._steps = 0
         self._step_seconds = 0.0
@@ -165,6 +171,8 @@ class Engine:
             self.scheduler.prefill_tokens_beside_decodes = self._clock.chunk
             self._steps += 1
             self._step_seconds = seconds
+        if self._backing is not None:
+            self._backing.copy_some()
         if self._check_accounting or not self.scheduler.has_work:
             self.scheduler.check()
         return StepOutputs(self.epoch, outputs, self.stats())
@@ -174,9 +182,26 @@ class Engine:
         self.scheduler.check()
         return StepOutputs(self.epoch, [], self.stats())
 
+    def write_behind(self) -> float | None:
+        """Bring blocks to the disk while there is no work. Returns after how many seconds to call
+        again, None when nothing is left to write."""
+        return None if self._backing is None else self._backing.write_behind()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the disk tier has changed since the last report."""
+        return self._backing is not None and self._backing.stats() != self._reported
+
+    def close(self, seconds: float = 1.0) -> None:
+        """The end: blocks that are not on disk have that much time to get there."""
+        if self._backing is not None:
+            self._backing.close(seconds)
+
     def stats(self) -> EngineStats:
         """The state now; counters since the start."""
         pool = self.scheduler.pool
+        if self._backing is not None:
+            self._reported = self._backing.stats()
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
@@ -186,11 +211,13 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             reused_tokens=self._reused_tokens,
+            disk_tokens=self._disk_tokens,
             evicted_blocks=pool.num_evictions,
             preemptions=self.scheduler.num_preemptions,
             aborted=self._aborted,
             steps=self._steps,
             step_seconds=self._step_seconds,
+            disk=self._reported,
         )
 
     # -------------------------------------------------------------------------------- details
@@ -222,6 +249,8 @@ class Engine:
         if request.id not in self._told_reuse:
             self._told_reuse.add(request.id)
             output.num_reused_tokens = request.num_reused_tokens
+            output.num_disk_tokens = request.num_disk_tokens
+            self._disk_tokens += request.num_disk_tokens
             self._reused_tokens += request.num_reused_tokens
             self._prompt_tokens += request.num_prompt_tokens - request.num_reused_tokens
         if update.token_id is not None:

@@ -9,12 +9,14 @@ import torch
 
 from model.config import DecoderConfig
 from model.decoder import Decoder
+from model.engine.backing import Backing
 from model.engine.engine import Engine
 from model.engine.messages import ModelInfo, Start, Submit
 from model.engine.prefix import root_key
 from model.engine.request import SamplingParams
 from model.engine.scheduler import Scheduler
 from model.engine.threads import usable_cores
+from model.engine.tiers import DiskTier, TierUnavailable
 from model.hub.cache import GIB
 from model.hub.memory import available_memory
 from model.kv import KVCache
@@ -60,7 +62,7 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         )
     num_threads = start.threads or usable_cores()
     torch.set_num_threads(1)  # unpacking is many small ops: threads only wait for each other
-    ops = _ops(start, device, num_threads)
+    ops, warning = _ops(start, device, num_threads)
     if start.kv_memory is not None:
         _pool_size(start, ops)  # a pool that is too small is told before the weights are read
     weights = load_weights([Path(path) for path in start.weights], config, ops)
@@ -77,15 +79,17 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         device=device,
     )
     static_root = root_key(start.fingerprint, ops.id, kv.layout, decoder.rope.variant)
+    _warm_up(_scheduler(start, num_blocks, max_model_len, config), runner, config)
+    backing = _backing(start, kv, static_root)
     engine = Engine(
-        _scheduler(start, num_blocks, max_model_len, config),
+        _scheduler(start, num_blocks, max_model_len, config, backing),
         runner,
         vocab_size=config.vocab_size,
         static_root=static_root,
         epoch=start.epoch,
+        backing=backing,
         check_accounting=start.check_accounting,
     )
-    _warm_up(_scheduler(start, num_blocks, max_model_len, config), runner, config)
     info = ModelInfo(
         name=start.name,
         family=config.family,
@@ -110,6 +114,8 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         max_num_seqs=start.max_num_seqs,
         max_num_batched_tokens=start.max_num_batched_tokens,
     )
+    if warning is not None:
+        sys.stderr.write(f"headwater: {warning}\n")
     return engine, info
 
 
@@ -124,24 +130,23 @@ def _device(asked: str) -> torch.device:
     return torch.device(asked)
 
 
-def _ops(start: Start, device: torch.device, num_threads: int) -> Ops:
+def _ops(start: Start, device: torch.device, num_threads: int) -> tuple[Ops, str | None]:
     """Our own kernels on a CPU, unless they are not wanted (`--ops reference`, a dtype that only
-    torch has) or cannot be had: then torch, with a warning."""
+    torch has) or cannot be had: then torch, and the reason why."""
     reference = ReferenceOps(device, _dtype(start.dtype, device))
     if device.type != "cpu" or start.ops == "reference":
-        return reference
+        return reference, None
     if start.ops == "auto" and start.dtype not in ("auto", "float32"):
-        return reference
+        return reference, None
     try:
         if not NativeOps.fit(start.config, start.block_size):
             raise NoKernels("the model's dimensions are not multiples of 16")
         instruction_set = "best" if start.ops in ("auto", "native") else start.ops
-        return NativeOps(num_threads, instruction_set, start.quantize)
+        return NativeOps(num_threads, instruction_set, start.quantize), None
     except NoKernels as error:
         if start.ops != "auto":
             raise LoadError(f"--ops {start.ops}: {error}") from None
-        sys.stderr.write(f"headwater: slower torch ops are used instead of our own: {error}\n")
-        return reference
+        return reference, f"slower torch ops are used instead of our own: {error}"
 
 
 def _dtype(asked: str, device: torch.device) -> torch.dtype:
@@ -177,8 +182,34 @@ def _pool_size(start: Start, ops: Ops) -> tuple[int, int]:
     return num_blocks, min(wanted_len, num_blocks * size)
 
 
+def _backing(start: Start, kv: KVCache, static_root: bytes) -> Backing | None:
+    """The disk tier, where it is wanted and can be had; why not is a line on stderr."""
+    if start.disk_folder is None or start.disk_bytes == 0:
+        return None
+    try:
+        tier = DiskTier(
+            Path(start.disk_folder),
+            root=static_root,
+            layout=kv.layout,
+            block_size=start.block_size,
+            block_bytes=kv.bytes_per_block,
+            budget_bytes=start.disk_bytes,
+        )
+    except TierUnavailable as error:
+        sys.stderr.write(
+            f"headwater: no KV cache on disk: {error}; give this server a folder of its own "
+            "(--data), or switch it off (--disk-cache off)\n"
+        )
+        return None
+    return Backing(kv, tier)
+
+
 def _scheduler(
-    start: Start, num_blocks: int, max_model_len: int, config: DecoderConfig
+    start: Start,
+    num_blocks: int,
+    max_model_len: int,
+    config: DecoderConfig,
+    backing: Backing | None = None,
 ) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
@@ -187,6 +218,7 @@ def _scheduler(
         max_num_batched_tokens=start.max_num_batched_tokens,
         max_model_len=max_model_len,
         end_token_ids=config.eos_token_ids,
+        backing=backing,
     )
 
 

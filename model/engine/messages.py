@@ -43,6 +43,8 @@ class Start(Message, tag="start"):
     max_num_batched_tokens: int = 512
     block_size: int = 16
     kv_memory: int | None = None  # bytes
+    disk_folder: str | None = None  # of the KV cache's disk tier
+    disk_bytes: int = 0  # its budget; 0 is off
     check_accounting: bool = False  # assert the block accounting after each step
 
 
@@ -132,8 +134,8 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     """What one request got from one step.
 
     `num_reused_tokens` comes with the request's first output: how many prompt tokens were found in
-    the cache. `prefill` is (done, total) while the prompt is being computed. `prompt_logprobs` has
-    one entry for each prompt token after the first."""
+    a cache, `num_disk_tokens` of them in the disk tier. `prefill` is (done, total) while the prompt
+    is being computed. `prompt_logprobs` has one entry for each prompt token after the first."""
 
     request_id: str
     token_ids: list[int] = []
@@ -141,12 +143,30 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: list[TokenLogprob] = []
     finish_reason: FinishReason | None = None
     num_reused_tokens: int = -1
+    num_disk_tokens: int = 0
     prefill: tuple[int, int] | None = None
     error: RequestError | None = None
 
 
+class DiskStats(msgspec.Struct, array_like=True, frozen=True):
+    """The disk tier, in blocks: read and found good, looked for in vain, removed because a file
+    was not what its name says, failed reads and writes, written, removed for others, given up
+    unwritten; and what is there now."""
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    errors: int = 0
+    written: int = 0
+    evicted: int = 0
+    dropped: int = 0
+    num_files: int = 0
+    num_bytes: int = 0
+
+
 class EngineStats(msgspec.Struct, array_like=True):
-    """The state after a step; counters count from the engine's start."""
+    """The state after a step; counters count from the engine's start. `reused_tokens` are those of
+    all tiers, `disk_tokens` of them from the disk."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -156,11 +176,13 @@ class EngineStats(msgspec.Struct, array_like=True):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     reused_tokens: int = 0
+    disk_tokens: int = 0
     evicted_blocks: int = 0
     preemptions: int = 0
     aborted: int = 0
     steps: int = 0
     step_seconds: float = 0.0
+    disk: DiskStats = DiskStats()
 
 
 class StepOutputs(Message, tag="outputs"):

@@ -36,7 +36,9 @@ def block_key(parent: Key, token_ids: Sequence[int]) -> Key:
 
 
 @dataclass(slots=True, frozen=True)
-class _Entry:
+class Entry:
+    """What an indexed block holds."""
+
     key: Key
     parent: Key
     token_ids: tuple[int, ...]
@@ -50,7 +52,7 @@ class PrefixIndex:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.block_size = block_size
         self._block_of: dict[Key, int] = {}
-        self._entry_of: dict[int, _Entry] = {}
+        self._entry_of: dict[int, Entry] = {}
         self._pending: dict[Key, str] = {}  # key -> id of the request that computes it
 
     def __len__(self) -> int:
@@ -72,13 +74,22 @@ class PrefixIndex:
         size = self.block_size
         blocks: list[int] = []
         for i, key in enumerate(keys[:limit]):
-            block = self._block_of.get(key)
+            block = self.find(key, token_ids[i * size : (i + 1) * size])
             if block is None:
-                break
-            if self._entry_of[block].token_ids != tuple(token_ids[i * size : (i + 1) * size]):
                 break
             blocks.append(block)
         return blocks
+
+    def find(self, key: Key, token_ids: Sequence[int]) -> int | None:
+        """The block that holds these tokens under this key."""
+        block = self._block_of.get(key)
+        if block is None or self._entry_of[block].token_ids != tuple(token_ids):
+            return None
+        return block
+
+    def entry(self, block: int) -> Entry:
+        """What an indexed block holds. Raises KeyError for one that is not indexed."""
+        return self._entry_of[block]
 
     def insert(self, key: Key, parent: Key, token_ids: Sequence[int], block: int) -> int:
         """File a computed block. Returns the block that stands for `key` from now on: `block`, or
@@ -89,13 +100,14 @@ class PrefixIndex:
             same = self._entry_of[there].token_ids == tuple(token_ids)
             return there if same else block
         self._block_of[key] = block
-        self._entry_of[block] = _Entry(key, parent, tuple(token_ids))
+        self._entry_of[block] = Entry(key, parent, tuple(token_ids))
         return block
 
-    def remove(self, block: int) -> None:
-        """Forget a block that is about to hold something else."""
+    def remove(self, block: int) -> Entry:
+        """Forget a block that is about to hold something else; returns what it holds."""
         entry = self._entry_of.pop(block)
         del self._block_of[entry.key]
+        return entry
 
     def announce(self, keys: Sequence[Key], request_id: str) -> None:
         """These blocks are being computed by that request; others that need them wait."""

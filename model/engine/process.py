@@ -10,6 +10,7 @@ closes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -104,9 +105,10 @@ class Loop:
         self._channel.send(EngineReady(start.epoch, info))
         while True:
             if not self._engine.has_work:
-                self._take(self._inbox.get())
+                self._take(self._wait())
             self._drain()
             if self._stopping:
+                self._engine.close()
                 return
             if self._engine.has_work:
                 outputs = self._engine.step(self._drain)
@@ -115,6 +117,16 @@ class Loop:
                     self._channel.send(outputs)
             else:
                 self._channel.send(self._engine.idle_report())
+
+    def _wait(self) -> ToEngine:
+        """The next message; until it comes, blocks are brought to the disk."""
+        assert self._engine is not None
+        while (pause := self._engine.write_behind()) is not None:
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=pause)
+        if self._engine.has_news:
+            self._channel.send(self._engine.idle_report())
+        return self._inbox.get()
 
     def _drain(self) -> None:
         while True:

@@ -56,6 +56,8 @@ class Request:
         "block_table",
         "id",
         "num_computed_tokens",
+        "num_disk_tokens",
+        "num_found_tokens",
         "num_indexed_blocks",
         "num_prompt_tokens",
         "num_reused_tokens",
@@ -85,7 +87,9 @@ class Request:
         self.token_ids = prompt_token_ids + self.output_token_ids
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
-        self.num_reused_tokens = -1  # unknown until admitted
+        self.num_reused_tokens = -1  # unknown until it is first scheduled
+        self.num_disk_tokens = 0  # how many of them came from the disk tier
+        self.num_found_tokens = 0  # since it was admitted last: in the pool, then on disk
         self.num_told_logprobs = 0  # of the prompt's tokens, where they are asked for
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []

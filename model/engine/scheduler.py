@@ -12,12 +12,32 @@ its blocks go back to the pool (most of them stay cached) and it waits at the he
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from model.engine.blocks import BlockPool
-from model.engine.prefix import PrefixIndex
+from model.engine.prefix import Entry, Key, PrefixIndex
 from model.engine.request import FinishReason, Request
+
+# How long a step may read blocks from a slower tier, beside decodes and alone.
+RESTORE_SECONDS_BESIDE_DECODES, RESTORE_SECONDS = 0.010, 0.050
+
+
+class SlowerTier(Protocol):
+    """Where full blocks go when the pool gives them up, and come back from (`Backing`)."""
+
+    def has(self, key: Key) -> bool: ...
+
+    def missed(self) -> None: ...
+
+    def restore(self, block: int, key: Key, parent: Key, token_ids: Sequence[int]) -> bool: ...
+
+    def finished(self, blocks: Sequence[tuple[int, Entry]]) -> None: ...
+
+    def evicted(self, block: int, entry: Entry) -> None: ...
 
 
 @dataclass(slots=True)
@@ -52,7 +72,9 @@ class Update:
 class Scheduler:
     """Queues of requests over a block pool. `max_num_seqs` requests run at a time, with at most
     `max_num_batched_tokens` tokens a step; `prefill_tokens_beside_decodes` bounds the prefill's
-    share while anything decodes (the engine sets it from its clock)."""
+    share while anything decodes (the engine sets it from its clock). A request goes on from the
+    blocks it finds in the pool to those in `backing`: these are read as if they were computed, for
+    a while a step by `clock`, in seconds."""
 
     def __init__(
         self,
@@ -63,6 +85,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         end_token_ids: tuple[int, ...] = (),
+        backing: SlowerTier | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -76,7 +100,11 @@ class Scheduler:
         self.prefill_tokens_beside_decodes = max_num_batched_tokens
         self.num_preemptions = 0
         self.index = PrefixIndex(block_size)
-        self.pool = BlockPool(num_blocks, on_evict=self.index.remove)
+        self.pool = BlockPool(num_blocks, on_evict=self._evicted)
+        self._backing = backing
+        self._clock = clock
+        self._restore_until: float | None = None  # within this step; None before its first read
+        self._restore_seconds = RESTORE_SECONDS
         self._end_token_ids = frozenset(end_token_ids)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # oldest first
@@ -120,6 +148,9 @@ class Scheduler:
             return None
         if request in self._running:
             self._running.remove(request)
+            if self._backing is not None:
+                full = request.block_table[: request.num_indexed_blocks]
+                self._backing.finished([(b, self.index.entry(b)) for b in full if b in self.index])
             self._release(request)
         else:
             self._waiting.remove(request)
@@ -141,6 +172,8 @@ class Scheduler:
         budget -= len(plan)
         if plan:
             budget = min(budget, self.prefill_tokens_beside_decodes)
+        self._restore_until = None
+        self._restore_seconds = RESTORE_SECONDS_BESIDE_DECODES if plan else RESTORE_SECONDS
 
         for request in [r for r in self._running if r.num_uncomputed_tokens > 1]:
             if budget <= 0:
@@ -214,6 +247,10 @@ class Scheduler:
         plan: dict[str, ScheduledSequence],
         batch: ScheduledBatch,
     ) -> int:
+        if not self._restore(request):
+            return 0
+        if request.num_reused_tokens < 0:
+            request.num_reused_tokens = request.num_computed_tokens
         num_tokens = min(request.num_uncomputed_tokens, budget)
         if not self._grow(request, num_tokens, plan, batch):
             return 0
@@ -257,13 +294,54 @@ class Scheduler:
         request.block_table = blocks
         request.num_indexed_blocks = len(blocks)
         request.num_computed_tokens = len(blocks) * self.block_size
+        request.num_found_tokens = request.num_computed_tokens
         if request.num_reused_tokens < 0:
-            request.num_reused_tokens = request.num_computed_tokens
+            request.num_disk_tokens = 0  # those that it found before a preemption are in the pool
         self.index.announce(request.block_keys[len(blocks) :], request.id)
         self._waiting.remove(request)
         self._running.append(request)
         self._running.sort(key=lambda r: r.arrival)
         return True
+
+    def _restore(self, request: Request) -> bool:
+        """Go on to what the slower tier has, as long as nothing was computed since the request was
+        admitted. False when this step's time for it is over: the rest is for the next one."""
+        if self._backing is None or request.num_computed_tokens != request.num_found_tokens:
+            return True
+        size, limit = self.block_size, self._match_limit(request)
+        for i in range(request.num_computed_tokens // size, limit):
+            key, token_ids = request.block_keys[i], request.token_ids[i * size : (i + 1) * size]
+            block = self.index.find(key, token_ids)
+            if block is not None:
+                self.pool.acquire(block)
+            else:
+                if not self._backing.has(key):
+                    self._backing.missed()
+                    return True
+                now = self._clock()
+                if self._restore_until is None:
+                    self._restore_until = now + self._restore_seconds
+                elif now > self._restore_until:
+                    return False
+                block = self.pool.allocate()
+                if block is None:
+                    return True  # `_grow` says who has to go
+                parent = request.block_keys[i - 1] if i else request.root
+                if not self._backing.restore(block, key, parent, token_ids):
+                    self.pool.release(block, keep=False)
+                    return True
+                self.index.insert(key, parent, token_ids, block)
+                if request.num_reused_tokens < 0:
+                    request.num_disk_tokens += size
+            request.block_table.append(block)
+            request.num_indexed_blocks = i + 1
+            request.num_computed_tokens = request.num_found_tokens = (i + 1) * size
+        return True
+
+    def _evicted(self, block: int) -> None:
+        entry = self.index.remove(block)
+        if self._backing is not None:
+            self._backing.evicted(block, entry)
 
     def _grow(
         self,

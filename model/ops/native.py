@@ -179,7 +179,7 @@ class NativeOps:
         values = [recorder.input(tensor.shape[1]) for tensor in inputs]
         program = recorder.program(body(recorder, *values))
         given = {
-            value.buffer: tensor.to(torch.float32).contiguous()
+            value.buffer: tensor.to(torch.float32).clone(memory_format=torch.contiguous_format)
             for value, tensor in zip(values, inputs, strict=True)
         }
         return self._execute(program, config, rope, kv, meta, token_ids, given)

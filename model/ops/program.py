@@ -268,6 +268,9 @@ class Recorder:
 
     def linear(self, x: Value | Normed | Gated, weight: Packed) -> Value:
         value = x if isinstance(x, Value) else x.value
+        expected = 2 * weight.cols if isinstance(x, Gated) else weight.cols
+        if value.width != expected:
+            raise ValueError(f"the matrix takes {expected} values a row, got {value.width}")
         out = self._buffer(weight.rows)
         instruction = self._emit(Op.LINEAR, input=value.buffer, output=out, matrix=weight)
         if isinstance(x, Normed):
@@ -287,11 +290,15 @@ class Recorder:
         self,
         q: HeadsView,
         k: HeadsView,
-        v: HeadsView,  # noqa: ARG002
+        v: HeadsView,
         rope: object,  # noqa: ARG002
         kv_layer: LayerRef,
         meta: object,  # noqa: ARG002
     ) -> HeadsView:
+        if not q.value == k.value == v.value or (q.norm is None) != (k.norm is None):
+            raise ValueError(
+                "q, k and v must come from one split, with a norm on both q and k or none"
+            )
         self._emit(
             Op.ROPE_KV,
             input=q.value.buffer,
@@ -328,6 +335,10 @@ class Recorder:
         if y.producer != len(self._instructions) - 1 or not x.residual:
             raise ValueError("only the result of the last matrix can be added to the residual")
         instruction = self._instructions[-1]
+        if x.width != y.width:
+            raise ValueError(f"cannot add {y.width} values a row to {x.width}")
+        if instruction.input == x.buffer:
+            raise ValueError("a matrix cannot add to the rows that it reads")
         self._free.append(instruction.output)
         instruction.output, instruction.add = x.buffer, True
         return x
@@ -348,5 +359,7 @@ class Recorder:
         return len(self._widths) - 1
 
     def _used(self, value: Value) -> None:
+        if value.buffer in self._free:
+            raise ValueError("a value that is not the residual can be used once")
         if not value.residual:
             self._free.append(value.buffer)

@@ -23,7 +23,7 @@ from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answe
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Delta, Done, Failed, Generation, read
 from server.responses import json_response
-from server.services import Services, Shared
+from server.services import Caller, Services, Shared
 from server.sse import DONE, EventStream, data_frame
 from server.text.chat_template import TemplateError, encode_chat
 from server.text.tokenizer import Tokenizer
@@ -170,7 +170,9 @@ async def prompt_token_ids(
 
 
 @router.post("/v1/chat/completions", operation_id="create_chat_completion")
-async def create_chat_completion(body: ChatRequest, request: Request, services: Shared) -> Response:
+async def create_chat_completion(
+    body: ChatRequest, request: Request, services: Shared, owner: Caller
+) -> Response:
     """An answer to a conversation, whole or as a stream of server-sent events."""
     body.check()
     model = services.client.check_ready()
@@ -183,7 +185,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=top_logprobs)
     n = body.n or 1
-    generations = services.generations.start([prompt], params, n=n, stop=body.stop or [])
+    generations = services.generations.start(
+        [prompt], params, owner=owner, n=n, stop=body.stop or []
+    )
     answer = _Answer(services, generations, top_logprobs)
     headers = {"x-headwater-generation": generations[0].id}
     if body.stream:

@@ -17,7 +17,7 @@ from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answe
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Delta, Done, Event, Failed, Generation, read
 from server.responses import json_response
-from server.services import Services, Shared
+from server.services import Caller, Services, Shared
 from server.sse import DONE, EventStream, data_frame
 
 router = APIRouter()
@@ -89,7 +89,7 @@ class CompletionRequest(SamplingFields):
 
 @router.post("/v1/completions", operation_id="create_completion")
 async def create_completion(
-    body: CompletionRequest, request: Request, services: Shared
+    body: CompletionRequest, request: Request, services: Shared, owner: Caller
 ) -> Response:
     """The continuation of a text or of token ids, whole or as a stream."""
     body.check()
@@ -101,7 +101,9 @@ async def create_completion(
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     n = body.n or 1
-    generations = services.generations.start(prompts, params, n=n, stop=body.stop or [])
+    generations = services.generations.start(
+        prompts, params, owner=owner, n=n, stop=body.stop or []
+    )
     answer = _Answer(services, body, generations, drop_output=max_tokens == 0)
     headers = {"x-headwater-generation": generations[0].id}
     if body.stream:

@@ -2,18 +2,26 @@
 
 The runner writes a cell for each token it computes and reads the cells of all tokens before it, and
 it raises if any of them is not what that prefix must have left there. So a block that was freed too
-early, written twice, found under a wrong key or evicted while in use does not go unseen.
+early, written twice, found under a wrong key or evicted while in use does not go unseen. Nor does
+one that comes back from the disk as something else.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from model.engine.backing import Backing
+from model.engine.block_file import BlockFormat
 from model.engine.engine import Engine
 from model.engine.messages import RequestError, Submit, TokenLogprob
 from model.engine.request import SamplingParams
 from model.engine.scheduler import ScheduledBatch, Scheduler
+from model.engine.tiers import DiskTier
 
+ROOT = bytes(range(32))
 VOCAB = 7
 END = 6
 
@@ -82,6 +90,16 @@ class SimulatedRunner:
                 result.drawn[s.request.id] = failure or token
         return result
 
+    def copy_out(self, block_ids: Sequence[int]) -> list[bytes]:
+        """The cells of each block, as `KVCache.copy_out` gives them. Only full blocks are asked
+        for, and every cell of those was written."""
+        size = self.block_size
+        return [struct.pack(f"<{size}q", *self.cells[b * size : (b + 1) * size]) for b in block_ids]
+
+    def copy_in(self, block_id: int, data: bytes | bytearray | memoryview) -> None:
+        size = self.block_size
+        self.cells[block_id * size : (block_id + 1) * size] = struct.unpack(f"<{size}q", data)
+
     def _state_before(self, token_ids: list[int], position: int) -> int:
         state = 0
         for token_id in token_ids[:position]:
@@ -101,6 +119,42 @@ class SimulatedRunner:
                 raise AssertionError(f"the KV of position {position} is not that of its prefix")
 
 
+class StepClock:
+    """Seconds that pass when somebody looks: a step restores two blocks beside decodes."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        self._seconds += 0.006
+        return self._seconds
+
+
+class SteadyTier(DiskTier):
+    """A disk tier that waits for its writer, so that a run depends on its requests alone."""
+
+    def write(
+        self, key: bytes, parent: bytes, token_ids: Sequence[int], payload: bytes, used_ns: int
+    ) -> bool:
+        queued = super().write(key, parent, token_ids, payload, used_ns)
+        assert self.flush(10)
+        return queued
+
+
+def disk_tier(folder: Path, block_size: int = 4, budget_blocks: int = 1000) -> DiskTier:
+    """A disk tier for simulated blocks."""
+    size = BlockFormat(ROOT, "cells", block_size, 8 * block_size).file_bytes
+    return SteadyTier(
+        folder,
+        root=ROOT,
+        layout="cells",
+        block_size=block_size,
+        block_bytes=8 * block_size,
+        budget_bytes=budget_blocks * size,
+        lock_seconds=0,
+    )
+
+
 def make_engine(
     *,
     num_blocks: int = 8,
@@ -108,7 +162,10 @@ def make_engine(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
     max_model_len: int | None = None,
+    disk: DiskTier | None = None,
 ) -> tuple[Engine, SimulatedRunner]:
+    runner = SimulatedRunner(num_blocks, block_size)
+    backing = None if disk is None else Backing(runner, disk)
     scheduler = Scheduler(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -116,9 +173,17 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len or num_blocks * block_size,
         end_token_ids=(END,),
+        backing=backing,
+        clock=StepClock(),
     )
-    runner = SimulatedRunner(num_blocks, block_size)
-    engine = Engine(scheduler, runner, vocab_size=VOCAB, static_root=b"root", check_accounting=True)
+    engine = Engine(
+        scheduler,
+        runner,
+        vocab_size=VOCAB,
+        static_root=ROOT,
+        backing=backing,
+        check_accounting=True,
+    )
     return engine, runner
 
 

@@ -1,10 +1,16 @@
-"""Random admits, steps, aborts, forks and evictions on pool, index and scheduler together."""
+"""Random admits, steps, aborts, forks and evictions on pool, index and scheduler together; without
+and with a disk tier whose files are spoilt, and whose engine is restarted."""
+
+import shutil
+import tempfile
+from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tests.model.engine.simulation import make_engine, oracle, run_to_end, submit
+from model.engine.tiers import DiskTier
+from tests.model.engine.simulation import disk_tier, make_engine, oracle, run_to_end, submit
 
 NUM_BLOCKS = 12
 BLOCK_SIZE = 3
@@ -96,5 +102,58 @@ class EngineMachine(RuleBasedStateMachine):
             assert said == answer[: len(said)]
 
 
+class DiskMachine(EngineMachine):
+    """The same with a disk tier that holds little more than the pool."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        super().__init__()
+        self._start()
+
+    def _start(self) -> None:
+        self.disk: DiskTier = disk_tier(self.folder, BLOCK_SIZE, budget_blocks=20)
+        self.engine, self.runner = make_engine(
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=5,
+            max_num_batched_tokens=9,
+            disk=self.disk,
+        )
+
+    @rule(place=st.integers(0, 255), bit=st.integers(0, 7), step=st.integers(1, 3))
+    def flip_bits(self, place: int, bit: int, step: int) -> None:
+        """One bit in all files, or in every second or third of them; often in the payload."""
+        for file in sorted(self.folder.glob("??/*.kv"))[::step]:
+            content = bytearray(file.read_bytes())
+            content[-1 - place % len(content)] ^= 1 << bit
+            file.write_bytes(content)
+
+    @rule(data=st.data(), more=st.integers(1, 4))
+    def ask_again_after_a_restart(self, data: st.DataObject, more: int) -> None:
+        if self.prompts:
+            self.restart()
+            earlier = data.draw(st.sampled_from(sorted(self.prompts)))
+            self._admit((self.prompts[earlier] + self.tokens[earlier])[: LIMIT - 4], more)
+
+    @rule()
+    def restart(self) -> None:
+        """Everything that is running ends; what is on disk is there for the next engine."""
+        self.aborted.update(self._live())
+        self.engine.close()
+        self._start()
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+            stats = self.disk.stats()
+            assert stats.errors == stats.dropped == 0
+            assert stats.num_bytes <= self.disk.budget_bytes
+        finally:
+            self.engine.close()
+            shutil.rmtree(self.folder)
+
+
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = STEPS
+TestDiskMachine = DiskMachine.TestCase
+TestDiskMachine.settings = STEPS

@@ -39,6 +39,7 @@ class Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_reused_tokens: int = -1
+    num_disk_tokens: int = 0
     finish_reason: str | None = None
     prefill: list[int] = field(default_factory=list)  # how far the prompt was after each chunk
 
@@ -51,6 +52,8 @@ def load(
     kv_tokens: int = AMPLE,
     max_num_seqs: int = 8,
     eos_token_ids: tuple[int, ...] | None = None,
+    ops: str = "reference",
+    disk: Path | None = None,
 ) -> tuple[Engine, ModelInfo]:
     """An engine as the engine process makes it, with a pool of so many tokens."""
     config = read_config(folder)
@@ -65,12 +68,14 @@ def load(
             weights=tuple(str(path) for path in sorted(folder.glob("*.safetensors"))),
             fingerprint=folder.name,
             device="cpu",
-            ops="reference",
+            ops=ops,
             threads=1,
             max_num_seqs=min(max_num_seqs, chunk),
             max_num_batched_tokens=chunk,
             block_size=block_size,
             kv_memory=kv_tokens // block_size * block_bytes,
+            disk_folder=None if disk is None else str(disk),
+            disk_bytes=1 << 30,
             check_accounting=True,
         )
     )
@@ -94,6 +99,7 @@ def run(engine: Engine, requests: Iterable[tuple[Sequence[int], SamplingParams]]
             answer.finish_reason = output.finish_reason
             if output.num_reused_tokens >= 0:
                 answer.num_reused_tokens = output.num_reused_tokens
+                answer.num_disk_tokens = output.num_disk_tokens
             if output.prefill is not None:
                 answer.prefill.append(output.prefill[0])
     return list(answers.values())

@@ -14,7 +14,7 @@ struct LinearCase {
   int kind;
   std::vector<int> parts;
   int cols;
-  Transform transform;
+  int transform;  // Transform
   bool add, bias;
   Values values = Values::kRandom;
 
@@ -58,7 +58,7 @@ inline void check_linear(const LinearCase& c, const std::vector<int>& row_counts
   if (most > 2)  // a row of zeros has no scale
     for (int i = 0; i < width; ++i) x[size_t(2 * width + i)] = 0.0f;
 
-  Instruction op = instruction(kLinear, 0, 1, c.transform);
+  Instruction op = instruction(kLinear, 0, 1, Transform(c.transform));
   op.add = c.add;
   op.eps = kEps;
   op.matrix = matrix.c();

@@ -50,7 +50,6 @@ inline double to_bf16(double value) {
 // `sizes` are what the roundings are relative to: |scale * q| + |minimum|.
 struct Weights {
   int rows, cols;
-  bool quantized;
   std::vector<double> values, sizes;  // [rows][cols]
   std::vector<double> bias;           // [rows] or empty
 };

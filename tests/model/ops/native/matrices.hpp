@@ -17,7 +17,8 @@ struct TestMatrix {
   Exact<float> bias;
 
   Matrix c() const {
-    return {kind, weights.rows, weights.cols, 0, packed.data(), bias.size() ? bias.data() : nullptr};
+    const float* to_add = bias.size() ? bias.data() : nullptr;
+    return {kind, weights.rows, weights.cols, 0, packed.data(), to_add};
   }
 };
 
@@ -82,7 +83,7 @@ inline TestMatrix make_matrix(int kind, const std::vector<int>& parts, int cols,
   const bool quantized = kind == kQ4 || kind == kQ8;
   int rows = 0;
   for (int part : parts) rows += part;
-  m.weights = {rows, cols, quantized, {}, {}, {}};
+  m.weights = {rows, cols, {}, {}, {}};
   const size_t strips = size_t(rows + 15) / 16;
   m.packed = Exact<uint8_t>(strips * size_t(hw_strip_bytes(kind, cols)), 0, 64);
   int row = 0;

@@ -1,0 +1,136 @@
+"""The disk tier through real processes: what was computed before a kill -9 is found again."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.fixtures.server import Server, headwater, serving, wait_until
+
+PROMPT = "The river runs to the sea. " * 12
+BODY = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+
+
+def ask(server: Server, **change: Any) -> tuple[str, int, int]:
+    """The answer, the tokens of the prompt, and how many of them were found."""
+    answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, **change}, timeout=60).json()
+    usage = answer["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return answer["choices"][0]["text"], usage["prompt_tokens"], cached
+
+
+def disk(server: Server, what: str) -> float:
+    return server.metric(f"headwater_disk_{what}")
+
+
+def wait_written(server: Server, num_tokens: int) -> None:
+    """Until all full blocks of a sequence of that many computed tokens are on disk."""
+    wait_until(
+        lambda: disk(server, "written_total") >= num_tokens // 16, 20, "the blocks are not written"
+    )
+
+
+def kill_all(server: Server) -> None:
+    engine = server.engine
+    server.process.kill()
+    server.process.wait()
+    wait_until(
+        lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE,
+        5,
+        "the engine is an orphan",
+    )
+
+
+def files(data: Path) -> list[Path]:
+    return sorted((data / "kv").glob("??/*.kv"))
+
+
+def test_a_prompt_goes_on_from_the_disk_after_kill_9(tiny_model: Path, tmp_path: Path) -> None:
+    env = {"HEADWATER_DATA": str(tmp_path)}
+    with serving(str(tiny_model), env=env) as server:
+        text, num_tokens, cached = ask(server)
+        assert cached == 0 and num_tokens > 80
+        wait_written(server, num_tokens + 23)
+        kill_all(server)
+    full = (num_tokens - 1) // 16 * 16
+    with serving(str(tiny_model), env=env) as server:
+        assert ask(server) == (text, num_tokens, full)
+        assert server.metric("headwater_prefix_hit_tokens_total", tier="disk") == full
+        assert server.metric("headwater_prefix_hit_tokens_total", tier="device") == 0
+        assert server.metric("headwater_prefill_tokens_total") == num_tokens - full
+        assert disk(server, "hits_total") == full // 16
+        assert disk(server, "files") == len(files(tmp_path))
+        assert disk(server, "bytes") == sum(f.stat().st_size for f in files(tmp_path))
+        assert ask(server) == (text, num_tokens, full)  # from memory now
+        assert server.metric("headwater_prefix_hit_tokens_total", tier="device") == full
+
+        # An engine that dies alone is no different.
+        server.engine.kill()
+        wait_until(lambda: not server.ready(), 5, "/ready does not turn 503")
+        wait_until(server.ready, 30, "the engine is not back")
+        assert ask(server) == (text, num_tokens, full)
+        assert server.metric("headwater_prefix_hit_tokens_total", tier="disk") == full
+        kill_all(server)
+
+    # One bit of one file in the middle.
+    found = {file.stat().st_mtime_ns: file for file in files(tmp_path)}
+    chain = [found[when] for when in sorted(found, reverse=True)]  # the root was used last
+    data = bytearray(chain[2].read_bytes())
+    data[len(data) // 2] ^= 1
+    chain[2].write_bytes(data)
+    with serving(str(tiny_model), env=env) as server:
+        assert ask(server) == (text, num_tokens, 2 * 16)
+        assert disk(server, "corrupt_total") == 1
+        wait_until(lambda: disk(server, "written_total") >= 1, 20, "it is not written again")
+        kill_all(server)
+    with serving(str(tiny_model), env=env) as server:
+        assert ask(server) == (text, num_tokens, full)
+
+
+def test_what_a_server_that_ends_has_computed_is_on_disk(tiny_model: Path, tmp_path: Path) -> None:
+    env = {"HEADWATER_DATA": str(tmp_path)}
+    with serving(str(tiny_model), env=env) as server:
+        text, num_tokens, _ = ask(server)
+    with serving(str(tiny_model), env=env) as server:
+        assert ask(server) == (text, num_tokens, (num_tokens - 1) // 16 * 16)
+    assert not list((tmp_path / "kv").rglob("*.tmp"))
+
+
+def test_off_is_off(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(
+        str(tiny_model), "--disk-cache", "off", env={"HEADWATER_DATA": str(tmp_path)}
+    ) as server:
+        _, num_tokens, cached = ask(server)
+        assert cached == 0
+        assert ask(server)[2] == (num_tokens - 1) // 16 * 16
+        assert disk(server, "written_total") == disk(server, "misses_total") == 0
+    assert not (tmp_path / "kv").exists()
+
+
+def test_a_second_server_on_the_folder_runs_without(tiny_model: Path, tmp_path: Path) -> None:
+    env = {"HEADWATER_DATA": str(tmp_path)}
+    with serving(str(tiny_model), env=env) as first:
+        text, num_tokens, _ = ask(first)
+        wait_written(first, num_tokens + 23)
+        with serving(str(tiny_model), env=env) as second:
+            assert f"another engine has {tmp_path / 'kv'}" in second.log
+            assert f"process {first.engine.pid}" in second.log
+            assert ask(second) == (text, num_tokens, 0)
+            assert disk(second, "files") == 0
+
+
+def test_what_is_no_size_is_told(tiny_model: Path) -> None:
+    done = subprocess.run(
+        [*headwater(), "serve", str(tiny_model), "--disk-cache", "plenty"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "headwater: --disk-cache: 'plenty' is not a size; write for example 512MiB or 2GiB\n"
+    )
