@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 
 # Before torch is imported anywhere: its threads must not spin while other processes want the core.
@@ -10,8 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test writes into the home of whoever runs it; servers that are started get folders of their own.
-_DATA = tempfile.TemporaryDirectory(prefix="headwater-tests-")
-os.environ["HEADWATER_DATA"] = _DATA.name
+os.environ["HEADWATER_DATA"] = tempfile.mkdtemp(prefix="headwater-tests-")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +21,10 @@ import pytest
 from tests.fixtures.server import Server, serving
 from tests.fixtures.tiny import make_tiny
 from tests.fixtures.tiny_tokenizer import write_tokenizer
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HEADWATER_DATA"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
