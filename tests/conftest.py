@@ -10,7 +10,7 @@ import tempfile
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# No test writes into the home of whoever runs it; servers that are started get folders of their own.
+# No test writes into the home of whoever runs it; started servers get folders of their own.
 os.environ["HEADWATER_DATA"] = tempfile.mkdtemp(prefix="headwater-tests-")
 
 from collections.abc import Iterator
