@@ -74,7 +74,8 @@ def generate(model: Any, seed: int) -> float:
 
 def serve() -> tuple[subprocess.Popen[str], str]:
     """A server on a free port, once it is ready."""
-    command = [sys.executable, "-m", "server.cli", "serve", MODEL, "--port", "0"]
+    serve = ["serve", MODEL, "--port", "0", "--disk-cache", "off"]
+    command = [sys.executable, "-m", "server.cli", *serve]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from model.engine.messages import TokenLogprob
-from server.errors import HeadwaterError, NotFound
-from server.generation import Done, Failed, Generation, Generations, read
+from server.generation import Failed, Generation, Generations, read
 
 T = TypeVar("T")
 
@@ -29,11 +27,6 @@ def new_id(prefix: str) -> str:
 def finite(logprob: float) -> float:
     """A log-probability as it is sent."""
     return logprob if math.isfinite(logprob) else LOWEST_LOGPROB
-
-
-def cut_top(logprob: TokenLogprob, top_logprobs: int) -> list[tuple[int, float]]:
-    """The most probable tokens that were asked for."""
-    return logprob.top[:top_logprobs]
 
 
 def usage(generations: Sequence[Generation], *, num_choices: int) -> dict[str, Any]:
@@ -93,13 +86,3 @@ async def _run(work: Awaitable[None]) -> None:
 def client_left() -> Response:
     """What is 'answered' to a client that is gone; it only shows in the log."""
     return Response(status_code=499)
-
-
-def error_of(event: Done | Failed) -> HeadwaterError | None:
-    return event.error if isinstance(event, Failed) else None
-
-
-def check_model_id(model_id: str, served: str) -> None:
-    """Raises NotFound for an id that is not the served model's."""
-    if model_id != served:
-        raise NotFound(f"no model {model_id!r} here; this server serves {served!r}")
