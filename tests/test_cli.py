@@ -58,6 +58,8 @@ def started(*args: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
         stderr=subprocess.PIPE,
         env={**os.environ, **env},
         start_new_session=True,
+        # A shell ignores SIGINT for what it runs in the background, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process

@@ -105,14 +105,19 @@ def _wait(pip: subprocess.Popen[str], scratch: Path, show: Callable[[int], None]
         try:
             return pip.communicate(timeout=_POLL_SECONDS)[1]
         except subprocess.TimeoutExpired:
-            show(max((_size(path) for path in scratch.rglob("*.whl")), default=0))
+            show(_downloaded(scratch))
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # pip moved it meanwhile
-        return 0
+def _downloaded(scratch: Path) -> int:
+    """Bytes of the largest wheel below `scratch`. pip moves and deletes things meanwhile: what is
+    gone when we look counts as nothing (`os.walk` passes over folders that vanish)."""
+    largest = 0
+    for folder, _, names in os.walk(scratch):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(OSError):
+                    largest = max(largest, os.stat(os.path.join(folder, name)).st_size)
+    return largest
 
 
 def _why_pip_failed(requirement: str, said: str) -> str:
