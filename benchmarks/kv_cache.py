@@ -24,9 +24,11 @@ from tokenizers import Tokenizer
 
 from model.attention import AttentionMetadata
 from model.decoder import Decoder
+from model.engine.threads import usable_cores
 from model.hub import DEFAULT_MODEL, HubError, resolve
 from model.kv import KVCache
 from model.ops.base import Ops
+from model.ops.native import NativeOps
 from model.ops.reference import ReferenceOps
 from model.weights.load import load_weights
 from server.bench.origin import origin
@@ -144,6 +146,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--ops", choices=("native", "reference"), default="native")
     options = parser.parse_args()
     if min(options.prompt_tokens, options.tokens, options.runs) < 1:
         parser.error("--prompt-tokens, --tokens and --runs must be at least 1")
@@ -161,7 +164,9 @@ def main() -> int:
     repeats = options.prompt_tokens // 40 + 1  # the text has more tokens than that
     prompt = tokenizer.encode(_TEXT * repeats, add_special_tokens=False).ids
     prompt = prompt[: options.prompt_tokens]
-    ops = ReferenceOps(options.device)
+    ops: Ops = ReferenceOps(options.device)
+    if options.ops == "native":
+        ops = NativeOps(options.threads or usable_cores())
     decoder = Decoder(files.config, load_weights(files.weights, files.config, ops), ops)
     sequence = Sequence(decoder, ops, max_len)
     seconds, equal = measure(sequence, prompt, options.tokens, options.runs)
