@@ -221,9 +221,10 @@ class TestTimes:
         assert gaps_within(arrivals, 2.0, 5.0) == [3.0, 0.5, 4.5]
 
     def test_inter_token(self) -> None:
-        assert inter_token_ms(timing([0.0, 0.01, 0.02, 0.5])) == pytest.approx(10.0)
-        with pytest.raises(WorkloadError, match="fewer than two tokens"):
-            inter_token_ms(timing([0.0]))
+        # Two deltas of two tokens each after the first one.
+        assert inter_token_ms(timing([1.0, 1.01, 1.04], tokens=6)) == pytest.approx(10.0)
+        with pytest.raises(WorkloadError, match="came all at once"):
+            inter_token_ms(timing([1.0, 1.0]))
 
 
 class TestPeers:
@@ -269,15 +270,15 @@ class TestPeers:
 @pytest.mark.e2e
 def test_the_workloads_on_a_real_server(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-llama"
-    make_tiny("llama", folder, max_position_embeddings=2048)
+    make_tiny("llama", folder, max_position_embeddings=4096)
     write_tokenizer(folder)
     work = Work(folder, lambda: folder, 1)
     plan: list[Workload] = [
         Decode(1, 12, rounds=1),
         Decode(4, 12, rounds=1),
         Prefill(200, rounds=1),
-        Interference(2, 400, rounds=1),
-        Growth(8, 200, rounds=1),
+        Interference(2, 100, rounds=1, room=3000),
+        Growth(64, 200, rounds=1),
     ]
     with started(HEADWATER, sys.executable, work) as server:
         assert server.memory_mib() > 50

@@ -51,7 +51,7 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with `-dirty` when files differ from it."""
-    top = Path(__file__).resolve().parents[1]
+    top = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(top)]
     try:
         found = _output([*git, "rev-parse", "--show-toplevel"])
