@@ -35,7 +35,7 @@ from benchmarks.comparison import (
 from benchmarks.dequantise import write_folder
 from benchmarks.peers import HEADWATER, PEERS, Work, find_program
 from benchmarks.running import Absent, Server, started
-from benchmarks.workloads import LONG, SHORT, Client, Workload, WorkloadError, workloads
+from benchmarks.workloads import SHORT, Client, Growth, Workload, WorkloadError, workloads
 from model.engine.threads import usable_cores
 from model.gguf.file import GGUFFile
 from model.hub import DEFAULT_MODEL, HubError, ModelFiles, resolve
@@ -55,7 +55,7 @@ class Run:
         self, servers: list[Server], plan: list[Workload], tokenizer: Tokenizer, seed: int
     ) -> None:
         self.servers = servers
-        self._plan = plan
+        self.plan = plan
         self._tokenizer = tokenizer
         metrics = {name: metric for work in plan for name, metric in work.metrics.items()}
         self.comparison = Comparison(metrics)
@@ -86,7 +86,7 @@ class Run:
 
     def measure(self) -> None:
         """All rounds of all workloads."""
-        for work in self._plan:
+        for work in self.plan:
             for number in range(work.rounds):
                 self._seed += 1  # other prompts in each round, the same ones for all servers
                 turn = number % len(self.servers)
@@ -149,9 +149,11 @@ def _derived(run: Run, files: ModelFiles, bandwidths: list[float]) -> dict[str, 
     short = run.comparison.median("inter_token_short", OURS)
     long = run.comparison.median("inter_token_long", OURS)
     if short is not None and long is not None:
-        read = kv_bytes_per_token(files.config) * (LONG - SHORT)
+        late = next(work.prompt_tokens for work in run.plan if isinstance(work, Growth))
+        read = kv_bytes_per_token(files.config) * (late - SHORT)
         allowed = short + 1000 * _GROWTH_FACTOR * read / bandwidth
         found["growth_ms"] = {
+            "context": late,
             "short": round(short, 3),
             "long": round(long, 3),
             "bound": round(allowed, 3),
@@ -238,7 +240,7 @@ def _report(
         grown = derived["growth_ms"]
         console.print(
             f"headwater: {grown['short']:.2f} ms a token at {SHORT} tokens of context, "
-            f"{grown['long']:.2f} ms late, bound {grown['bound']:.2f} ms"
+            f"{grown['long']:.2f} ms at {grown['context']}, bound {grown['bound']:.2f} ms"
         )
     for one in run.servers:
         if one.peer.note:

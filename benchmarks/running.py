@@ -95,10 +95,8 @@ def started(peer: Peer, program: str, work: Work) -> Iterator[Server]:
             except OSError as error:
                 raise Absent(f"{program} cannot be run: {error}") from None
         try:
-            listed = _wait_ready(process, url, peer.ready, log)
-            model = peer.model(work) if peer.model is not None else listed
-            if model is None:
-                raise Absent("it lists no model at /v1/models")
+            _wait_ready(process, url + peer.ready, log)
+            model = peer.model(work) if peer.model is not None else _listed_model(url)
             yield Server(peer, command, url, model, psutil.Process(process.pid))
         finally:
             _stop(process)
@@ -121,19 +119,27 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, ready: str, log: Path) -> str | None:
-    """Until it says that it is ready; the id of the first model it lists, None without one."""
+def _wait_ready(process: subprocess.Popen[bytes], ready: str, log: Path) -> None:
+    """Until `ready` is answered with 200."""
     deadline = time.monotonic() + START_SECONDS
-    with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
+    with httpx.Client(timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise Absent(f"it ended with code {process.returncode}: {_last_line(log)}")
             with contextlib.suppress(httpx.TransportError):
                 if client.get(ready).status_code == 200:
-                    entries = client.get("/v1/models").json().get("data") or []
-                    return str(entries[0]["id"]) if entries else None
+                    return
             time.sleep(0.1)
     raise Absent(f"it did not answer within {START_SECONDS:.0f} s: {_last_line(log)}")
+
+
+def _listed_model(url: str) -> str:
+    """The id of the first model that it lists."""
+    try:
+        answer = httpx.get(f"{url}/v1/models", timeout=5.0, trust_env=False)
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        raise Absent("it lists no model at /v1/models") from None
 
 
 def _last_line(log: Path) -> str:
