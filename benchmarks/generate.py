@@ -34,7 +34,8 @@ ROUNDS = 3
 
 
 def transformers_model(path: Path) -> Any:
-    """The file's weights in transformers' own Llama, fp32."""
+    """The published configuration in transformers' own Llama, fp32, with the file's weights as its
+    own reader sees them (`from_pretrained(gguf_file=...)` wants a package that we do not need)."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -52,7 +53,9 @@ def transformers_model(path: Path) -> Any:
     )
     model = LlamaForCausalLM(config).eval()
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    model.load_state_dict(tensors, strict=False)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if (missing, unexpected) != (["lm_head.weight"], []):  # the head is tied
+        raise ValueError(f"the file does not fit: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     return model
 

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ def examine() -> int:
         _memory(),
         _disk(),
         _compiler(),
+        _kernels(),
         _gpu(),
         _model(),
     ]
@@ -115,6 +117,17 @@ def _compiler() -> Finding:
             said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
             return "ok", "C++ compiler", said.stdout.split("\n")[0], ""
     return "note", "C++ compiler", "none", "install g++ (apt-get install g++)"
+
+
+def _kernels() -> Finding:
+    """Asked of a process of its own, which compiles them where that was not done yet."""
+    command = [sys.executable, "-P", "-m", "model.ops.kernels"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode == 0:
+        return "ok", "CPU kernels", said.stdout.strip(), ""
+    reason = (said.stderr.strip().splitlines() or ["no reason given"])[-1]
+    what_to_do = textwrap.shorten(reason, 60, placeholder=" ...")
+    return "note", "CPU kernels", "none: torch is used, much slower", what_to_do
 
 
 def _gpu() -> Finding:

@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.server import Server, headwater, wait_until
 from tests.model.hub.hub_files import write_gguf
 
-# It takes a few seconds; what a machine that is busy with other things needs is another matter.
-START_SECONDS = 45.0
+START_SECONDS = 10.0
 WEIGHTS = "model.safetensors"
 
 
@@ -394,7 +393,7 @@ def test_ctrl_c_ends_a_run_with_130(endless_model: Path) -> None:
         process.stdin = None
         assert process.stdout.read(1)
         os.killpg(process.pid, signal.SIGINT)  # the engine gets it too, as at a terminal
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=5)
         assert (process.returncode, err) == (130, b"")
 
 
@@ -414,7 +413,7 @@ def end_while_loading(
     with started("serve", str(model), "--port", "0") as process:
         wait_until(lambda: engine_of(process), START_SECONDS, "no engine")
         send(process.pid, number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=5)
         assert (process.returncode, out, err) == (0, b"", b"")
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,6 +95,15 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
         raise NoKernels(f"the kernels cannot be built in {path.parent}: {error}") from None
 
 
+def main() -> None:
+    """`python -m model.ops.kernels`: the instruction set in use on stdout; exit code 1 and the
+    reason on stderr where there is none."""
+    try:
+        sys.stdout.write(load().instruction_set + "\n")
+    except NoKernels as error:
+        raise SystemExit(str(error)) from None
+
+
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -119,3 +129,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+if __name__ == "__main__":
+    main()

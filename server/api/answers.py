@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
 
+from server.api.sampling import SamplingFields
 from server.generation import Failed, Generation, Generations, read
+from server.responses import json_response
+from server.services import Services
+from server.sse import EventStream
 
 T = TypeVar("T")
 
@@ -65,7 +69,7 @@ async def wait_for_all(
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(_run(ended())), asyncio.ensure_future(_run(left()))]
+    tasks = [asyncio.create_task(ended()), asyncio.create_task(left())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
@@ -79,10 +83,33 @@ async def wait_for_all(
         service.cancel(generations)
 
 
-async def _run(work: Awaitable[None]) -> None:
-    await work
+class Answer(Protocol):
+    """A wire's view of a request's generations."""
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece, once all have ended."""
+
+    def frames(self, include_usage: bool) -> AsyncIterator[bytes]:
+        """The answer as server-sent events, while they run."""
 
 
-def client_left() -> Response:
-    """What is 'answered' to a client that is gone; it only shows in the log."""
-    return Response(status_code=499)
+async def respond(
+    request: Request,
+    services: Services,
+    generations: Sequence[Generation],
+    answer: Answer,
+    body: SamplingFields,
+) -> Response:
+    """The answer as the body asks for it. When the client leaves, its generations are cancelled;
+    the 499 that is then 'answered' shows in the log only."""
+    headers = {"x-headwater-generation": generations[0].id}
+    if body.stream:
+        return EventStream(
+            answer.frames(body.wants_usage()),
+            on_close=lambda: services.generations.cancel(generations),
+            send_timeout=services.settings.send_timeout,
+            headers=headers,
+        )
+    if not await wait_for_all(request, generations, services.generations):
+        return Response(status_code=499)
+    return json_response(answer.whole(), headers=headers)

@@ -11,20 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from model.engine.messages import TokenLogprob
-from server.api.answers import (
-    client_left,
-    finite,
-    new_id,
-    off_loop,
-    usage,
-    wait_for_all,
-)
+from server.api.answers import finite, new_id, off_loop, respond, usage
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answer
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Delta, Done, Failed, Generation, read
-from server.responses import json_response
 from server.services import Caller, Services, Shared
-from server.sse import DONE, EventStream, data_frame
+from server.sse import DONE, data_frame
 from server.text.chat_template import TemplateError, encode_chat
 from server.text.tokenizer import Tokenizer
 
@@ -189,17 +181,7 @@ async def create_chat_completion(
         [prompt], params, owner=owner, n=n, stop=body.stop or []
     )
     answer = _Answer(services, generations, top_logprobs)
-    headers = {"x-headwater-generation": generations[0].id}
-    if body.stream:
-        return EventStream(
-            answer.frames(body.wants_usage()),
-            on_close=lambda: services.generations.cancel(generations),
-            send_timeout=services.settings.send_timeout,
-            headers=headers,
-        )
-    if not await wait_for_all(request, generations, services.generations):
-        return client_left()
-    return json_response(answer.whole(), headers=headers)
+    return await respond(request, services, generations, answer, body)
 
 
 class _Answer:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks.generate import transformers_model
 from model import hub
 from model.decoder import Decoder
 from model.ops.reference import ReferenceOps
@@ -15,33 +14,6 @@ from tests.model.decoding import Pool, assert_logits_close, make_tokens
 
 # "The capital of France is Paris. The capital of Germany is", in SmolLM2's vocabulary.
 PROMPT = [504, 3575, 282, 4649, 314, 7042, 30, 378, 3575, 282, 4521, 314]
-
-
-def transformers_model(path: Path) -> torch.nn.Module:
-    """The published configuration, with the file's weights as transformers' own reader sees them.
-
-    (`from_pretrained(gguf_file=...)` does the same but wants a package that we do not need.)"""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-    )
-    model = LlamaForCausalLM(config).eval()
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return model
 
 
 @pytest.fixture(scope="module")
