@@ -41,6 +41,11 @@ class Backing:
         """Whether it is worth a try to restore this block."""
         return key in self._tier
 
+    @property
+    def num_corrupt(self) -> int:
+        """How many blocks `restore` found spoilt so far."""
+        return self._tier.num_corrupt
+
     def missed(self) -> None:
         """Count a block that was looked for and is not there."""
         self._tier.missed()
@@ -70,6 +75,14 @@ class Backing:
             self._tier.drop()
             return
         self._copy([(block, entry, used_ns or self._tier.touch([entry.key])[0])])
+
+    def forget(self, keys: Sequence[Key]) -> list[Key]:
+        """Remove these blocks from the tier and from what is to go there. Returns the keys of
+        which nothing is left."""
+        unwanted = set(keys)
+        for block in [b for b, (entry, _) in self._noted.items() if entry.key in unwanted]:
+            del self._noted[block]
+        return self._tier.forget(keys)
 
     def copy_some(self, limit: int = COPIES_A_STEP) -> None:
         """Copy a few of the noted blocks, as far as the queue takes them."""

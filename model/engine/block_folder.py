@@ -62,8 +62,8 @@ class BlockFolder:
                         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
                         if stat.S_ISREG(found.st_mode):
                             yield bytes.fromhex(key), found.st_size, found.st_mtime_ns
-                        elif not stat.S_ISDIR(found.st_mode):
-                            os.unlink(name, dir_fd=folder)
+                        else:
+                            _remove(name, folder)
 
     def read(self, key: bytes, buffer: memoryview) -> bool:
         """Fill `buffer` with the file. False when it is not a file of exactly that length. Raises
@@ -115,10 +115,16 @@ class BlockFolder:
                 key.hex() + SUFFIX, ns=(mtime_ns, mtime_ns), dir_fd=folder, follow_symlinks=False
             )
 
-    def remove(self, key: bytes) -> None:
-        """Remove a file, or the link in its place; nothing happens when it is gone."""
-        with contextlib.suppress(OSError), self._opened(key.hex()[:2]) as folder:
-            os.unlink(key.hex() + SUFFIX, dir_fd=folder)
+    def remove(self, key: bytes) -> bool:
+        """Remove a file, or what has its place: a link, an empty folder. False when something is
+        there still."""
+        try:
+            with self._opened(key.hex()[:2]) as folder:
+                return _remove(key.hex() + SUFFIX, folder)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     # -------------------------------------------------------------------------------- details
 
@@ -157,3 +163,18 @@ class BlockFolder:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
+
+
+def _remove(name: str, folder: int) -> bool:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        return True
+    except (IsADirectoryError, PermissionError):  # POSIX leaves open which of the two it is
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=folder)
+            return True
+        return False
+    except OSError:
+        return False
+    return True

@@ -83,6 +83,13 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def discard(self, block: int) -> None:
+        """A cached block holds nothing of worth any more: it is free. A referenced one is let be,
+        and must be released with `keep` false."""
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
     def references(self, block: int) -> int:
         return self._references[block]
 

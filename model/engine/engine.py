@@ -13,21 +13,24 @@ from typing import Protocol
 
 from model.engine.backing import Backing
 from model.engine.messages import (
+    CacheQuery,
+    CacheReport,
     DiskStats,
     EngineStats,
+    Forgotten,
     RequestError,
     StepOutputs,
     Submit,
     TokenLogprob,
     TokenOutput,
 )
+from model.engine.prefill_clock import PrefillClock
 from model.engine.prefix import Key, root_key
-from model.engine.request import Request
+from model.engine.refusal import refusal
+from model.engine.request import FinishReason, Request
 from model.engine.scheduler import ScheduledBatch, Scheduler, Update
 
-# While anything decodes, a step with a prefill chunk in it should take no longer than this.
-STEP_SECONDS_BESIDE_DECODES = 0.050
-MIN_PREFILL_CHUNK = 16
+QUEUE_SECONDS = 0.25  # between two reports of who stands where in the queue
 
 
 class Drawn(Protocol):
@@ -57,45 +60,10 @@ class Runner(Protocol):
     def run(self, batch: ScheduledBatch) -> StepResult: ...
 
 
-class PrefillClock:
-    """How many prefill tokens fit in a step beside decodes, learned from finished steps.
-
-    A step costs what its decodes cost (their weights are read anyway) plus a time per prefill
-    token; both are moving averages, so the chunk shrinks as attention gets deeper."""
-
-    def __init__(self, max_tokens: int, target_seconds: float = STEP_SECONDS_BESIDE_DECODES):
-        self._max_tokens = max_tokens
-        self._target = target_seconds
-        self._decode_seconds = 0.0
-        self._token_seconds = 0.0
-
-    def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
-        """One finished step."""
-        if num_prefill_tokens == 0:
-            if num_decodes:
-                self._decode_seconds = self._blend(self._decode_seconds, seconds)
-            return
-        if num_prefill_tokens < MIN_PREFILL_CHUNK:
-            return
-        rest = seconds - (self._decode_seconds if num_decodes else 0.0)
-        self._token_seconds = self._blend(self._token_seconds, max(rest, 0.0) / num_prefill_tokens)
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of prefill to schedule beside decodes."""
-        if self._token_seconds <= 0.0:
-            return min(4 * MIN_PREFILL_CHUNK, self._max_tokens)
-        fits = int((self._target - self._decode_seconds) / self._token_seconds)
-        return max(min(fits, self._max_tokens), min(MIN_PREFILL_CHUNK, self._max_tokens))
-
-    @staticmethod
-    def _blend(old: float, new: float) -> float:
-        return new if old == 0.0 else 0.8 * old + 0.2 * new
-
-
 class Engine:
     """Requests in, `StepOutputs` out. `static_root` is the hash of everything but the tenant that
-    could change a bit of the KV; `backing` is the tier behind the scheduler's pool."""
+    could change a bit of the KV; `backing` is the tier behind the scheduler's pool; `clock` gives
+    seconds."""
 
     def __init__(
         self,
@@ -107,6 +75,7 @@ class Engine:
         epoch: int = 0,
         backing: Backing | None = None,
         check_accounting: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = scheduler
         self.epoch = epoch
@@ -116,8 +85,11 @@ class Engine:
         self._backing = backing
         self._reported = DiskStats()
         self._check_accounting = check_accounting
-        self._clock = PrefillClock(scheduler.max_num_batched_tokens)
-        self._refused: list[TokenOutput] = []
+        self._clock = clock
+        self._prefill_clock = PrefillClock(scheduler.max_num_batched_tokens)
+        self._unsent: list[TokenOutput] = []  # of requests that are not in the scheduler
+        self._positions: dict[str, int] = {}  # in the queue, as told last
+        self._positions_told = -math.inf
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._reused_tokens = 0
@@ -129,58 +101,80 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._refused)
+        return self.scheduler.has_work or bool(self._unsent)
 
     def submit(self, message: Submit) -> None:
-        """Queue a request, or have its refusal in the next step's outputs."""
-        error = self._refusal(message)
-        if error is not None:
-            self._refused.append(
-                TokenOutput(message.request_id, finish_reason="error", error=error)
-            )
-            return
-        self.scheduler.add(
-            Request(
-                message.request_id,
-                message.prompt_token_ids,
-                message.params,
-                root_key(self._static_root, message.salt),
-                message.output_token_ids,
-            )
+        """Queue a request, or have its refusal in the next step's outputs. A resumed one whose
+        tokens say that it is over ends there too, with the reason that it would have had."""
+        request = Request(
+            message.request_id,
+            message.prompt_token_ids,
+            message.params,
+            root_key(self._static_root, message.salt),
+            message.output_token_ids,
+            report_blocks=message.report_blocks,
         )
+        ended = self.scheduler.ended(request)
+        error = refusal(message, self.scheduler, self._vocab_size, ended=ended is not None)
+        if error is not None:
+            self._unsent.append(TokenOutput(request.id, finish_reason="error", error=error))
+        elif ended is not None:
+            blocks = self.scheduler.block_states(request.root, request.token_ids[:-1])
+            self._say_last(request, ended, [block.key for block in blocks])
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> None:
-        """These requests are gone, and their blocks free, when this returns."""
+        """These requests are gone, and their blocks free, when this returns. Those that report
+        their blocks do so in the next outputs."""
         for request_id in request_ids:
-            if self.scheduler.finish(request_id) is not None:
-                self._aborted += 1
-                self._told_reuse.discard(request_id)
+            request = self.scheduler.finish(request_id)
+            if request is None:
+                continue
+            self._aborted += 1
+            self._told_reuse.discard(request_id)
+            if request.report_blocks:
+                self._say_last(request, "abort", request.known_keys)
+
+    def cache_report(self, query: CacheQuery) -> CacheReport:
+        """Where the blocks of a sequence are now."""
+        ids = query.token_ids
+        if ids and not (0 <= min(ids) and max(ids) < self._vocab_size):
+            return CacheReport(query.query_id, [])
+        root = root_key(self._static_root, query.salt)
+        return CacheReport(query.query_id, self.scheduler.block_states(root, ids))
+
+    def forget(self, keys: list[bytes]) -> Forgotten:
+        """Remove these blocks from all tiers."""
+        return Forgotten(self.scheduler.forget(keys))
 
     def step(self, drain: Callable[[], None] = lambda: None) -> StepOutputs:
         """One step. `drain` is called between the forward pass and the update, so that an abort
         that came meanwhile takes effect in this step and the request emits nothing more."""
-        outputs, self._refused = self._refused, []
+        outputs: list[TokenOutput] = []
         batch = self.scheduler.schedule()
         if batch.sequences or batch.stopped:
-            started = time.perf_counter()
+            started = self._clock()
             result = self._runner.run(batch) if batch.sequences else None
-            seconds = time.perf_counter() - started
+            seconds = self._clock() - started
             drain()
-            outputs += self._update(batch, result)
-            self._clock.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, seconds)
-            self.scheduler.prefill_tokens_beside_decodes = self._clock.chunk
+            outputs = self._update(batch, result)
+            num_prefill_tokens = batch.num_tokens - batch.num_decodes
+            self._prefill_clock.observe(batch.num_decodes, num_prefill_tokens, seconds)
+            self.scheduler.prefill_tokens_beside_decodes = self._prefill_clock.chunk
             self._steps += 1
             self._step_seconds = seconds
         if self._backing is not None:
             self._backing.copy_some()
         if self._check_accounting or not self.scheduler.has_work:
             self.scheduler.check()
+        outputs = self._take_unsent() + outputs + self._queue_news()
         return StepOutputs(self.epoch, outputs, self.stats())
 
     def idle_report(self) -> StepOutputs:
-        """No outputs, only the state: sent after aborts left nothing to do."""
+        """The state, and what aborts left to say: sent when there is nothing to do."""
         self.scheduler.check()
-        return StepOutputs(self.epoch, [], self.stats())
+        return StepOutputs(self.epoch, self._take_unsent(), self.stats())
 
     def write_behind(self) -> float | None:
         """Bring blocks to the disk while there is no work. Returns after how many seconds to call
@@ -240,8 +234,38 @@ class Engine:
                 output.finish_reason, output.error = "error", failed[request_id]
             if output.finish_reason is not None:
                 self._told_reuse.discard(request_id)
+                if update.request.report_blocks:
+                    output.block_keys = update.request.known_keys
             outputs.append(output)
         return outputs
+
+    def _say_last(self, request: Request, reason: FinishReason, keys: list[Key]) -> None:
+        """The end of a request that no step ended."""
+        output = TokenOutput(request.id, finish_reason=reason)
+        if request.report_blocks:
+            output.block_keys = keys
+        self._unsent.append(output)
+
+    def _take_unsent(self) -> list[TokenOutput]:
+        unsent, self._unsent = self._unsent, []
+        return unsent
+
+    def _queue_news(self) -> list[TokenOutput]:
+        """Positions in the queue that have changed, unless others were told a moment ago."""
+        if not self.scheduler.num_waiting and not self._positions:
+            return []
+        now = self._clock()
+        if now - self._positions_told < QUEUE_SECONDS:
+            return []
+        told, self._positions = self._positions, self.scheduler.positions()
+        news = [
+            TokenOutput(request_id, queue_position=position)
+            for request_id, position in self._positions.items()
+            if told.get(request_id) != position
+        ]
+        if news:
+            self._positions_told = now
+        return news
 
     def _output(self, update: Update, result: StepResult | None) -> TokenOutput:
         request = update.request
@@ -250,6 +274,7 @@ class Engine:
             self._told_reuse.add(request.id)
             output.num_reused_tokens = request.num_reused_tokens
             output.num_disk_tokens = request.num_disk_tokens
+            output.num_corrupt_blocks = request.num_corrupt_blocks
             self._disk_tokens += request.num_disk_tokens
             self._reused_tokens += request.num_reused_tokens
             self._prompt_tokens += request.num_prompt_tokens - request.num_reused_tokens
@@ -265,53 +290,3 @@ class Engine:
                 output.logprobs = [] if logprob is None else [logprob]
             output.prompt_logprobs = result.prompt_logprobs.get(request.id, [])
         return output
-
-    def _refusal(self, message: Submit) -> RequestError | None:
-        """Bounds are checked at the edge; they are checked here again, because one bad request
-        must never take the engine down."""
-        params = message.params
-        num_tokens = len(message.prompt_token_ids) + len(message.output_token_ids)
-        limit = self.scheduler.max_model_len
-
-        def invalid(text: str, code: str = "invalid_value") -> RequestError:
-            return RequestError("invalid_request_error", code, text)
-
-        if message.request_id in self.scheduler:
-            return invalid("a request with this id is running already")
-        if not message.prompt_token_ids:
-            return invalid("the prompt has no tokens; at least one is needed")
-        if num_tokens >= limit or not self.scheduler.fits(num_tokens):
-            return invalid(
-                f"the prompt has {num_tokens} tokens and leaves no room for an answer: the model's "
-                f"context length is {limit} tokens",
-                "context_length_exceeded",
-            )
-        parts = (
-            message.prompt_token_ids,
-            message.output_token_ids,
-            params.stop_token_ids,
-            params.logit_bias,
-        )
-        ids = [i for part in parts if part for i in (min(part), max(part))]
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            return invalid(f"token ids must be from 0 to {self._vocab_size - 1}")
-        numbers = (
-            params.temperature,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-            *params.logit_bias.values(),
-        )
-        if not all(map(math.isfinite, numbers)):
-            return invalid("sampling parameters must be finite numbers")
-        if params.temperature < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
-            return invalid("temperature must be >= 0, top_p in (0, 1], min_p in [0, 1]")
-        if params.repetition_penalty <= 0 or params.top_k < 0:
-            return invalid("repetition_penalty must be > 0 and top_k >= 0")
-        if not 0 <= params.min_tokens <= params.max_tokens or params.max_tokens < 1:
-            return invalid("0 <= min_tokens <= max_tokens and max_tokens >= 1 are needed")
-        if len(message.output_token_ids) >= params.max_tokens:
-            return invalid("the resumed request has all of its max_tokens already")
-        return None

@@ -11,6 +11,7 @@ from model.config import DecoderConfig
 from model.decoder import Decoder
 from model.engine.backing import Backing
 from model.engine.engine import Engine
+from model.engine.fault import with_fault
 from model.engine.messages import ModelInfo, Start, Submit
 from model.engine.prefix import root_key
 from model.engine.request import SamplingParams
@@ -25,6 +26,7 @@ from model.ops.kernels import NoKernels
 from model.ops.native import NativeOps
 from model.ops.reference import ReferenceOps
 from model.runner import ModelRunner
+from model.sampling.native import NativeSampler
 from model.sampling.sampler import Sampler
 from model.weights.load import load_weights
 
@@ -74,7 +76,9 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
     runner = ModelRunner(
         decoder,
         kv,
-        Sampler(config.vocab_size, device),
+        NativeSampler(config.vocab_size, ops)
+        if isinstance(ops, NativeOps)
+        else Sampler(config.vocab_size, device),
         end_token_ids=config.eos_token_ids,
         device=device,
     )
@@ -83,7 +87,7 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
     backing = _backing(start, kv, static_root)
     engine = Engine(
         _scheduler(start, num_blocks, max_model_len, config, backing),
-        runner,
+        with_fault(runner),
         vocab_size=config.vocab_size,
         static_root=static_root,
         epoch=start.epoch,

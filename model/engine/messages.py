@@ -50,19 +50,38 @@ class Start(Message, tag="start"):
 
 class Submit(Message, tag="submit"):
     """Run one request. `output_token_ids` are tokens drawn earlier (a resumed generation):
-    penalties, limits and draws count from the boundary between the two lists."""
+    penalties, limits and draws count from the boundary between the two lists. With `report_blocks`
+    the request's last output names its blocks, and there is one also when it is aborted."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     output_token_ids: list[int] = []
     salt: bytes = b""
+    report_blocks: bool = False
 
 
 class Abort(Message, tag="abort"):
     """Stop these requests; their blocks are back within the step. Unknown ids are ignored."""
 
     request_ids: list[str]
+
+
+class CacheQuery(Message, tag="cache_query"):
+    """Where are the blocks of this sequence? Answered by a CacheReport before the next step."""
+
+    query_id: int
+    token_ids: list[int]
+    salt: bytes = b""
+
+
+class Forget(Message, tag="forget"):
+    """Remove these blocks from every tier; answered by Forgotten. A block that a running request
+    has is found by nobody else, never written, and free when that request ends; if that request
+    loses it to a preemption and computes it again, it is a new block. Blocks that come after a
+    forgotten one are only forgotten when they are named too."""
+
+    keys: list[bytes]
 
 
 class Shutdown(Message, tag="shutdown"):
@@ -133,9 +152,13 @@ class RequestError(msgspec.Struct):
 class TokenOutput(msgspec.Struct, omit_defaults=True):
     """What one request got from one step.
 
-    `num_reused_tokens` comes with the request's first output: how many prompt tokens were found in
-    a cache, `num_disk_tokens` of them in the disk tier. `prefill` is (done, total) while the prompt
-    is being computed. `prompt_logprobs` has one entry for each prompt token after the first."""
+    `num_reused_tokens` comes with the request's first output of tokens or of `prefill`: how many
+    prompt tokens were found in a cache, `num_disk_tokens` of them in the disk tier; beside them
+    `num_corrupt_blocks`, whose files were there and not what they should be. `prefill` is (done,
+    total) while the prompt is being computed. `queue_position` is how many requests are before one
+    that waits, when that has changed (-1: it is not told). `prompt_logprobs` has one entry for each
+    prompt token after the first. `block_keys` comes with the last output where it was asked for:
+    the keys of the full blocks that the request found or computed, from the root on."""
 
     request_id: str
     token_ids: list[int] = []
@@ -144,8 +167,11 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     num_reused_tokens: int = -1
     num_disk_tokens: int = 0
+    num_corrupt_blocks: int = 0
     prefill: tuple[int, int] | None = None
+    queue_position: int = -1
     error: RequestError | None = None
+    block_keys: list[bytes] = []
 
 
 class DiskStats(msgspec.Struct, array_like=True, frozen=True):
@@ -193,6 +219,29 @@ class StepOutputs(Message, tag="outputs"):
     stats: EngineStats
 
 
+class BlockState(msgspec.Struct, array_like=True, frozen=True):
+    """A full block of a sequence: its key, whether the pool holds it with these very tokens, and
+    whether the disk tier has a file of that name (what is in it, only a read can tell)."""
+
+    key: bytes
+    device: bool
+    disk: bool
+
+
+class CacheReport(Message, tag="cache_report"):
+    """The full blocks of a CacheQuery's tokens in order; none when a token id is out of range."""
+
+    query_id: int
+    blocks: list[BlockState]
+
+
+class Forgotten(Message, tag="forgotten"):
+    """The keys of a Forget of which nothing is left. One that is missing here has a file that
+    cannot be removed: try again."""
+
+    keys: list[bytes]
+
+
 class Heartbeat(Message, tag="heartbeat"):
     """Sent each second by a thread of its own. `pending` says whether there is work; `steps` grows
     with each finished step, so that a step that never ends shows."""
@@ -202,8 +251,8 @@ class Heartbeat(Message, tag="heartbeat"):
     pending: bool
 
 
-ToEngine = Start | Submit | Abort | Shutdown
-FromEngine = EngineReady | EngineFailed | StepOutputs | Heartbeat
+ToEngine = Start | Submit | Abort | CacheQuery | Forget | Shutdown
+FromEngine = EngineReady | EngineFailed | StepOutputs | CacheReport | Forgotten | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

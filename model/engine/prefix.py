@@ -109,6 +109,13 @@ class PrefixIndex:
         del self._block_of[entry.key]
         return entry
 
+    def forget(self, key: Key) -> int | None:
+        """Nobody finds this key any more. Returns the block that stood for it, if there is one."""
+        block = self._block_of.pop(key, None)
+        if block is not None:
+            del self._entry_of[block]
+        return block
+
     def announce(self, keys: Sequence[Key], request_id: str) -> None:
         """These blocks are being computed by that request; others that need them wait."""
         for key in keys:

@@ -25,8 +25,10 @@ import msgspec
 
 from model.engine.messages import (
     Abort,
+    CacheQuery,
     EngineFailed,
     EngineReady,
+    Forget,
     FromEngine,
     Heartbeat,
     Shutdown,
@@ -142,6 +144,10 @@ class Loop:
                 self._engine.submit(message)
             case Abort():
                 self._engine.abort(message.request_ids)
+            case CacheQuery():
+                self._channel.send(self._engine.cache_report(message))
+            case Forget():
+                self._channel.send(self._engine.forget(message.keys))
             case Shutdown():
                 self._stopping = True
             case Start():

@@ -56,15 +56,18 @@ class Request:
         "block_table",
         "id",
         "num_computed_tokens",
+        "num_corrupt_blocks",
         "num_disk_tokens",
         "num_found_tokens",
         "num_indexed_blocks",
+        "num_preempted_blocks",
         "num_prompt_tokens",
         "num_reused_tokens",
         "num_told_logprobs",
         "output_token_ids",
         "params",
         "prompt_token_ids",
+        "report_blocks",
         "root",
         "sampling",
         "token_ids",
@@ -78,22 +81,27 @@ class Request:
         params: SamplingParams,
         root: bytes,
         output_token_ids: list[int] | None = None,
+        *,
+        report_blocks: bool = False,
     ) -> None:
         self.id = id
         self.params = params
         self.root = root
+        self.report_blocks = report_blocks
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids = list(output_token_ids or [])
         self.token_ids = prompt_token_ids + self.output_token_ids
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
-        self.num_reused_tokens = -1  # unknown until it is first scheduled
+        self.num_reused_tokens = -1  # of the prompt; unknown until it is first scheduled
         self.num_disk_tokens = 0  # how many of them came from the disk tier
+        self.num_corrupt_blocks = 0  # looked for there and found spoilt until then
         self.num_found_tokens = 0  # since it was admitted last: in the pool, then on disk
         self.num_told_logprobs = 0  # of the prompt's tokens, where they are asked for
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_indexed_blocks = 0
+        self.num_preempted_blocks = 0  # indexed at a preemption
         self.waiting_for: bytes | None = None  # the key of a block that another request computes
         self.arrival = 0
         self.sampling: object = None  # the runner's sampling state of this request
@@ -102,6 +110,11 @@ class Request:
         """A drawn token."""
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
+
+    @property
+    def known_keys(self) -> list[bytes]:
+        """The keys of all full blocks that it found or computed, also before a preemption."""
+        return self.block_keys[: max(self.num_indexed_blocks, self.num_preempted_blocks)]
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from model.engine.blocks import BlockPool
+from model.engine.messages import BlockState
 from model.engine.prefix import Entry, Key, PrefixIndex
 from model.engine.request import FinishReason, Request
 
@@ -29,6 +30,9 @@ RESTORE_SECONDS_BESIDE_DECODES, RESTORE_SECONDS = 0.010, 0.050
 class SlowerTier(Protocol):
     """Where full blocks go when the pool gives them up, and come back from (`Backing`)."""
 
+    @property
+    def num_corrupt(self) -> int: ...
+
     def has(self, key: Key) -> bool: ...
 
     def missed(self) -> None: ...
@@ -38,6 +42,8 @@ class SlowerTier(Protocol):
     def finished(self, blocks: Sequence[tuple[int, Entry]]) -> None: ...
 
     def evicted(self, block: int, entry: Entry) -> None: ...
+
+    def forget(self, keys: Sequence[Key]) -> list[Key]: ...
 
 
 @dataclass(slots=True)
@@ -131,6 +137,39 @@ class Scheduler:
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of that many tokens and one more could run alone in the pool."""
         return -(-(num_tokens + 1) // self.block_size) <= self.pool.num_blocks
+
+    def positions(self) -> dict[str, int]:
+        """How many requests are before each of those that wait and never ran."""
+        return {r.id: i for i, r in enumerate(self._waiting) if r.num_reused_tokens < 0}
+
+    def block_states(self, root: Key, token_ids: Sequence[int]) -> list[BlockState]:
+        """Where each full block of a sequence is."""
+        size = self.block_size
+        keys: list[Key] = []
+        self.index.extend_keys(keys, root, token_ids, len(token_ids) // size)
+        return [
+            BlockState(
+                key,
+                device=self.index.find(key, token_ids[i * size : (i + 1) * size]) is not None,
+                disk=self._backing is not None and self._backing.has(key),
+            )
+            for i, key in enumerate(keys)
+        ]
+
+    def forget(self, keys: Sequence[Key]) -> list[Key]:
+        """Nobody finds these blocks any more, in no tier; one that a request has now is free when
+        that request ends. Returns the keys of which nothing is left."""
+        for key in keys:
+            block = self.index.forget(key)
+            if block is not None:
+                self.pool.discard(block)
+        return list(keys) if self._backing is None else self._backing.forget(keys)
+
+    def ended(self, request: Request) -> FinishReason | None:
+        """Why a resumed request has nothing more to say; None when it has."""
+        if not request.output_token_ids:
+            return None
+        return self._finish_reason(request, request.output_token_ids[-1])
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError for an id that is there already."""
@@ -250,7 +289,7 @@ class Scheduler:
         if not self._restore(request):
             return 0
         if request.num_reused_tokens < 0:
-            request.num_reused_tokens = request.num_computed_tokens
+            request.num_reused_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         num_tokens = min(request.num_uncomputed_tokens, budget)
         if not self._grow(request, num_tokens, plan, batch):
             return 0
@@ -327,12 +366,16 @@ class Scheduler:
                 if block is None:
                     return True  # `_grow` says who has to go
                 parent = request.block_keys[i - 1] if i else request.root
+                num_corrupt = self._backing.num_corrupt
                 if not self._backing.restore(block, key, parent, token_ids):
+                    request.num_corrupt_blocks += self._backing.num_corrupt - num_corrupt
                     self.pool.release(block, keep=False)
                     return True
                 self.index.insert(key, parent, token_ids, block)
                 if request.num_reused_tokens < 0:
-                    request.num_disk_tokens += size
+                    request.num_disk_tokens += min(
+                        max(request.num_prompt_tokens - i * size, 0), size
+                    )
             request.block_table.append(block)
             request.num_indexed_blocks = i + 1
             request.num_computed_tokens = request.num_found_tokens = (i + 1) * size
@@ -371,6 +414,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._running.remove(request)
         self._release(request)
+        request.num_preempted_blocks = len(request.known_keys)
         request.num_computed_tokens = 0
         request.num_indexed_blocks = 0
         self._waiting.appendleft(request)

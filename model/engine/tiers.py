@@ -83,11 +83,13 @@ class DiskTier:
         self._num_bytes = 0
         self._queue: deque[_Queued] = deque()
         self._queued: set[bytes] = set()
+        self._writing: bytes | None = None  # the key of the file that is being made now
         self._touched: dict[bytes, int] = {}  # times that the files do not have yet
         self._last_ns = 0
         self._stopping = False
         self._paused = False
-        self._hits = self._misses = self._corrupt = self._errors = 0
+        self.num_corrupt = 0  # blocks whose files were not what they should be
+        self._hits = self._misses = self._errors = 0
         self._written = self._evicted = self._dropped = 0
         try:
             self._folder = BlockFolder(folder, lock_seconds)
@@ -142,16 +144,16 @@ class DiskTier:
                 raise CorruptBlock("it has a wrong length, or is no file")
             payload = self._format.decode(self._buffer, key, parent, token_ids)
         except FileNotFoundError:
-            self._forget(key)
+            self._lose(key)
         except CorruptBlock:
-            self._corrupt += 1
-            self._forget(key)
+            self.num_corrupt += 1
+            self._lose(key)
         except OSError as error:
             if error.errno in _IN_THE_WAY:
-                self._corrupt += 1
+                self.num_corrupt += 1
             else:
                 self._errors += 1
-            self._forget(key)
+            self._lose(key)
         else:
             self._hits += 1
             return payload
@@ -197,13 +199,26 @@ class DiskTier:
         with self._changed:
             self._dropped += 1
 
+    def forget(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Remove these blocks, those that are queued and the one that is being written too: it
+        waits for that one write. Returns the keys of which nothing is left."""
+        unwanted = set(keys)
+        with self._changed:
+            self._changed.wait_for(lambda: self._writing not in unwanted)
+            self._queue = deque(block for block in self._queue if block.key not in unwanted)
+            self._queued -= unwanted
+            for key in unwanted:
+                self._remove_entry(key)
+            self._changed.notify_all()
+        return [key for key in keys if self._folder.remove(key)]
+
     def stats(self) -> DiskStats:
         """The state now; counters since the start."""
         with self._changed:
             return DiskStats(
                 hits=self._hits,
                 misses=self._misses,
-                corrupt=self._corrupt,
+                corrupt=self.num_corrupt,
                 errors=self._errors,
                 written=self._written,
                 evicted=self._evicted,
@@ -234,7 +249,7 @@ class DiskTier:
                 self._changed.wait_for(lambda: self._queue or self._touched or self._stopping)
                 if self._stopping:
                     return
-                touched, block = dict(self._touched), self._queue[0] if self._queue else None
+                touched = dict(self._touched)
             for key, used_ns in touched.items():
                 self._folder.touch(key, used_ns)
             if touched:
@@ -245,12 +260,16 @@ class DiskTier:
                         if touched.get(key) != used_ns
                     }
                     self._changed.notify_all()
-            if block is not None:
-                self._write_out(block)
+            self._write_first()
 
-    def _write_out(self, block: _Queued) -> None:
+    def _write_first(self) -> None:
         """Write the queue's first block. When the disk is at fault it stays the first one, and
         this returns after a pause."""
+        with self._changed:
+            if not self._queue:
+                return
+            block = self._queue[0]
+            self._writing = block.key  # from now on it stays the first one until that is over
         size = self._format.file_bytes
         self._make_room(size)
         parts = self._format.encode(block.key, block.parent, block.token_ids, block.payload)
@@ -261,16 +280,18 @@ class DiskTier:
                 self._make_room(size, keep=self._num_bytes - max(size, self._num_bytes // 16))
             with self._changed:
                 self._errors += 1
+                self._writing = None
+                self._changed.notify_all()
                 if error.errno in _IN_THE_WAY:
                     self._take_from_queue(block)
                     self._dropped += 1
                     return
                 self._paused = True
-                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._stopping, self._retry_seconds)
                 self._paused = False
             return
         with self._changed:
+            self._writing = None
             self._take_from_queue(block)
             self._add(block.key, size, block.used_ns)
             self._written += 1
@@ -306,7 +327,7 @@ class DiskTier:
         for key in keys:
             self._folder.remove(key)
 
-    def _forget(self, key: bytes) -> None:
+    def _lose(self, key: bytes) -> None:
         with self._changed:
             self._remove_entry(key)
         self._folder.remove(key)

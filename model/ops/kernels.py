@@ -125,6 +125,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("hw_strip_bytes", i64, [i32, i32]),
         ("hw_pack", None, [i32, pointer, i32, i32, i32, pointer]),
         ("hw_run", None, [pointer, pointer, pointer]),
+        ("hw_sizeof_sample_row", i32, []),
+        ("hw_sizeof_sample_result", i32, []),
+        ("hw_sample", None, [pointer, pointer, i32, i32, pointer, pointer, i32, pointer, pointer]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

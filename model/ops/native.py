@@ -164,6 +164,30 @@ class NativeOps:
         """[rows, hidden] fp32 -> [rows, vocab] fp32."""
         return self.evaluate(lambda ops, x: ops.linear(x, head), hidden)
 
+    def sample(
+        self,
+        logits: torch.Tensor,
+        count: int,
+        rows: ctypes.Array[ctypes.c_char],
+        results: ctypes.Array[ctypes.c_char],
+        tops: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """A token for each of `count` packed `rows` into packed `results` (their layouts are in
+        model/sampling/native.py), and the ids (int32) and logits (fp32) of the highest tokens into
+        `tops`, both [count, n]. `logits` are [rows, vocab] fp32, contiguous."""
+        ids, values = tops
+        self._library.hw_sample(
+            self._engine,
+            logits.data_ptr(),
+            logits.shape[1],
+            count,
+            rows,
+            results,
+            ids.shape[1],
+            ids.data_ptr(),
+            values.data_ptr(),
+        )
+
     def evaluate(
         self,
         body: Callable[..., Any],

@@ -17,6 +17,7 @@ from model.engine.request import SamplingParams
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Addresses = tuple[int, ...]
 
 
 def _checked(token_ids: Ids, vocab_size: int, what: str) -> Ids:
@@ -35,9 +36,10 @@ class TokenCounts:
 
     `update` costs time only for tokens that are new since the last call. Prompt tokens are entered
     with count 0, and only when asked for (the repetition penalty is the one that sees them).
+    `addresses` are those of the ids (int64) and the counts (float32), for the native kernel.
     """
 
-    __slots__ = ("_counts", "_ids", "_num_counted", "_places", "_vocab_size")
+    __slots__ = ("_counts", "_ids", "_num_counted", "_places", "_vocab_size", "addresses")
 
     def __init__(self, vocab_size: int, prompt_token_ids: Sequence[int]) -> None:
         """Raises ValueError when a prompt token is outside the vocabulary."""
@@ -47,6 +49,11 @@ class TokenCounts:
         self._counts = np.zeros(distinct.size, dtype=np.float32)
         self._places: dict[int, int] = {token: i for i, token in enumerate(distinct.tolist())}
         self._num_counted = 0
+        self._moved()
+
+    def _moved(self) -> None:
+        # Asking numpy for an address takes longer than all else that a step does here.
+        self.addresses = (self._ids.ctypes.data, self._counts.ctypes.data)
 
     def update(self, output_token_ids: Sequence[int]) -> tuple[Ids, Floats]:
         """Count the output tokens after those counted so far, and return (ids, counts), the same
@@ -68,6 +75,7 @@ class TokenCounts:
             spare = max(64, place)
             self._ids = np.concatenate([self._ids, np.zeros(spare, dtype=np.int64)])
             self._counts = np.concatenate([self._counts, np.zeros(spare, dtype=np.float32)])
+            self._moved()
         self._ids[place] = token
         self._places[token] = place
         return place
@@ -87,7 +95,7 @@ def needs_edits(params: SamplingParams) -> bool:
 class RowEdits:
     """The edits of one request, prepared once and kept up to date token by token."""
 
-    __slots__ = ("bias_ids", "bias_values", "counts", "end_ids", "params")
+    __slots__ = ("_addresses", "bias_ids", "bias_values", "counts", "end_ids", "params")
 
     def __init__(
         self,
@@ -111,12 +119,30 @@ class RowEdits:
             )
         ends = np.asarray(end_token_ids, dtype=np.int64)
         self.end_ids: Ids = ends[(ends >= 0) & (ends < vocab_size)]
+        self._addresses = tuple(
+            array.ctypes.data for array in (self.bias_ids, self.bias_values, self.end_ids)
+        )
         self.params = params
         self.counts: TokenCounts | None = None
         if params.repetition_penalty != 1.0:
             self.counts = TokenCounts(vocab_size, prompt_token_ids)
         elif params.presence_penalty or params.frequency_penalty:
             self.counts = TokenCounts(vocab_size, [])
+
+    def packed(self, output_token_ids: Sequence[int]) -> tuple[Addresses, tuple[int, int, int]]:
+        """The edits of one step for the native kernel: the addresses of token ids, their counts,
+        bias ids, bias and banned ids, valid until the next call, and the sizes of the three lists.
+        Raises ValueError when an output token is outside the vocabulary."""
+        counted = (0, 0)
+        num_counted = 0
+        if self.counts is not None:
+            num_counted = self.counts.update(output_token_ids)[0].size
+            counted = self.counts.addresses
+        bans = len(output_token_ids) < self.params.min_tokens
+        return (
+            (*counted, *self._addresses),
+            (num_counted, self.bias_ids.size, self.end_ids.size if bans else 0),
+        )
 
 
 class EditBatch:

@@ -27,6 +27,8 @@ from model.sampling.penalties import EditBatch, RowEdits, needs_edits
 from model.sampling.ranking import ranked_top, shortest_prefix
 
 _TOP = 64
+# Lower weights are none: floats without their full precision, that not every machine computes.
+_LEAST_WEIGHT = torch.finfo(torch.float32).tiny
 
 
 @dataclass(slots=True)
@@ -45,6 +47,20 @@ class SamplingRow:
     end_token_ids: tuple[int, ...]
     position: int
     edits: RowEdits | None = field(default=None, repr=False, compare=False)
+
+    def prepared(self, vocab_size: int) -> RowEdits | None:
+        """The edits, prepared on the first call; None where there are none. Raises ValueError or
+        OverflowError for parameters that cannot be applied."""
+        if self.edits is None and needs_edits(self.params):
+            self.edits = RowEdits(
+                self.params, self.prompt_token_ids, self.end_token_ids, vocab_size
+            )
+        return self.edits
+
+    def draw(self) -> float:
+        """The random number of the token to be drawn, in [0, 1)."""
+        p = self.params
+        return uniform(p.seed, p.prompt_index, p.choice_index, self.position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +88,8 @@ class Sampler:
         Whatever is wrong with one row (NaN or +inf among its logits, no token left to draw, a
         parameter that cannot be applied) is a RequestError in its place, and the others are
         unharmed. Raises ValueError when the shape or the type of `logits` does not fit."""
-        n = len(rows)
-        if logits.shape != (n, self.vocab_size) or logits.dtype != torch.float32:
-            raise ValueError(
-                f"logits are {logits.dtype} {list(logits.shape)}, "
-                f"but float32 {[n, self.vocab_size]} was expected"
-            )
-        if n == 0:
+        self._check(logits, len(rows))
+        if not rows:
             return []
         with torch.inference_mode():
             blocks, errors = self._edited(logits, rows)
@@ -101,6 +112,14 @@ class Sampler:
                 raise ValueError(f"the logits of prompt position {i} are not finite")
         return entries
 
+    def _check(self, logits: Tensor, num_rows: int) -> None:
+        expected = (num_rows, self.vocab_size)
+        if logits.shape != expected or logits.dtype != torch.float32:
+            raise ValueError(
+                f"logits are {logits.dtype} {list(logits.shape)}, "
+                f"but float32 {list(expected)} was expected"
+            )
+
     def _edited(
         self, logits: Tensor, rows: Sequence[SamplingRow]
     ) -> tuple[Tensor, dict[int, RequestError]]:
@@ -109,14 +128,10 @@ class Sampler:
         blocks = in_blocks(logits.contiguous(), float("-inf"))
         batch = EditBatch(blocks.shape[1] * BLOCK)
         for i, row in enumerate(rows):
-            if not needs_edits(row.params):
-                continue
             try:
-                if row.edits is None:
-                    row.edits = RowEdits(
-                        row.params, row.prompt_token_ids, row.end_token_ids, self.vocab_size
-                    )
-                batch.add(i, row.edits, row.output_token_ids)
+                edits = row.prepared(self.vocab_size)
+                if edits is not None:
+                    batch.add(i, edits, row.output_token_ids)
             except (ValueError, OverflowError) as error:
                 errors[i] = RequestError("invalid_request_error", "invalid_value", str(error))
         if not batch.empty:
@@ -168,7 +183,7 @@ class Sampler:
             whole[open_ended] = block_sums(batch.weights(open_ended))[:, -1:]
         # A token is in while the mass before it is short of top-p; the first always is.
         kept = (sums - weights < top_p * whole) | (top_p >= 1.0) | (place == 0)
-        kept &= (place < top_k) & (weights >= min_p) & (weights > 0)
+        kept &= (place < top_k) & (weights >= min_p) & (weights >= _LEAST_WEIGHT)
         count = kept.count_nonzero(-1)[:, None].clamp(min=1)
         target = batch.draws * sums.gather(-1, count - 1)
         chosen = torch.minimum((sums <= target).count_nonzero(-1)[:, None], count - 1)
@@ -219,7 +234,7 @@ class Sampler:
         picked = logits if len(places) == len(rows) else logits[places]
         for i, entry in zip(places, raw_logprobs(picked, targets, top_ns), strict=True):
             if math.isnan(entry.logprob):
-                results[i] = _not_finite()
+                results[i] = not_finite()
             else:
                 results[i] = SampledToken(entry.token_id, entry)
 
@@ -236,13 +251,9 @@ class _Drawing:
         self._blocks = blocks if everything else blocks[self.index]
         self.x = self._blocks.view(len(picked), -1)
         self.highest = highest[self.index][:, None]
-        # Within float32, and such that 0 / t is 0 and -inf / t is -inf.
-        heat = [min(max(p.temperature, 1e-30), 1e30) for p in self.params]
+        heat = [bounded(p.temperature) for p in self.params]
         self.temperature = torch.tensor(heat, dtype=torch.float32, device=blocks.device)[:, None]
-        draws = [
-            uniform(p.seed, p.prompt_index, p.choice_index, rows[i].position)
-            for i, p in zip(picked, self.params, strict=True)
-        ]
+        draws = [rows[i].draw() for i in picked]
         self.draws = torch.tensor(draws, dtype=torch.float64, device=blocks.device)[:, None]
 
     def weights(self, places: list[int] | None = None) -> Tensor:
@@ -278,20 +289,29 @@ def _draw_in_order(weights: Tensor, draws: Tensor) -> Tensor:
     return block[:, 0] * BLOCK + torch.minimum(place, last)
 
 
+def bounded(temperature: float) -> float:
+    """The temperature within float32, and such that 0 / t is 0 and -inf / t is -inf."""
+    return min(max(temperature, 1e-30), 1e30)
+
+
 def _unusable(highest: float) -> RequestError | None:
     """Why a row with this highest logit has no token, or None."""
     if math.isfinite(highest):
         return None
-    if highest == -math.inf:
-        return RequestError(
-            "invalid_request_error",
-            "invalid_value",
-            "no token is left to draw: masks, bias and min_tokens rule out the whole vocabulary",
-        )
-    return _not_finite()
+    return no_token() if highest == -math.inf else not_finite()
 
 
-def _not_finite() -> RequestError:
+def no_token() -> RequestError:
+    """The error of a row in which everything is ruled out."""
+    return RequestError(
+        "invalid_request_error",
+        "invalid_value",
+        "no token is left to draw: masks, bias and min_tokens rule out the whole vocabulary",
+    )
+
+
+def not_finite() -> RequestError:
+    """The error of a row with NaN or infinity."""
     return RequestError(
         "server_error",
         "internal",

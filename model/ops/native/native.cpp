@@ -10,6 +10,7 @@
 
 #include "attention.hpp"
 #include "linear.hpp"
+#include "sampling.hpp"
 #include "threads.hpp"
 
 using namespace hw;
@@ -55,7 +56,8 @@ constexpr int kFewRows = 4;    // up to here each thread prepares the rows for i
 constexpr int kRowsAtOnce = 64;  // rows of one claimed tile of a large product
 
 struct Engine {
-  explicit Engine(int threads) : team(threads), scratch(size_t(threads)) {}
+  explicit Engine(int threads)
+      : team(threads), scratch(size_t(threads)), samplers(size_t(threads)) {}
 
   Team team;
   Tiles tiles[3];  // used in turn: one is claimed from, one is at rest, one is being reset
@@ -63,6 +65,7 @@ struct Engine {
   std::vector<char> rows;                  // prepared rows, shared
   std::vector<Partial> partials;
   std::vector<float> partial_acc;
+  std::vector<RowSampler> samplers;  // of each thread
 };
 
 class Run {
@@ -287,6 +290,31 @@ void hw_run(void* engine, const Model* model, const Step* step) {
   Engine& e = *static_cast<Engine*>(engine);
   Run run(e, *model, *step);
   e.team.run([&](int thread) { run(thread); });
+}
+
+int32_t hw_sizeof_sample_row() { return sizeof(SampleRow); }
+int32_t hw_sizeof_sample_result() { return sizeof(SampleResult); }
+
+// A token for each of `count` rows; each names its row of `logits` [..][vocab]. `top_ids` and
+// `top_values` are [count][top_stride].
+void hw_sample(void* engine, const float* logits, int32_t vocab, int32_t count,
+               const SampleRow* rows, SampleResult* results, int32_t top_stride, int32_t* top_ids,
+               float* top_values) {
+  Engine& e = *static_cast<Engine*>(engine);
+  const auto one = [&](int thread, int i) {
+    e.samplers[size_t(thread)].sample(logits + size_t(rows[i].row) * vocab, vocab, rows[i],
+                                      results[i], top_ids + size_t(i) * top_stride,
+                                      top_values + size_t(i) * top_stride);
+  };
+  if (count < 2) {  // waking the others takes longer than one row
+    for (int i = 0; i < count; ++i) one(0, i);
+    return;
+  }
+  Tiles& tiles = e.tiles[0];
+  tiles.reset();
+  e.team.run([&](int thread) {
+    for (int i; (i = tiles.claim()) < count;) one(thread, i);
+  });
 }
 
 }  // extern "C"

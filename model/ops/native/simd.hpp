@@ -95,6 +95,10 @@ inline F16 round(F16 a) {
 inline F16 select_less(F16 a, F16 b, F16 x, F16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+// Bit i says whether lane i of a is over that of b.
+inline uint32_t greater_mask(F16 a, F16 b) {
+  return uint32_t(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ));
+}
 // Sixteen floats, rounded to nearest even, as int8.
 inline void store_int8(int8_t* p, F16 a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
@@ -157,6 +161,10 @@ inline F16 select_less(F16 a, F16 b, F16 x, F16 y) {
   return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
+inline uint32_t greater_mask(F16 a, F16 b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ))) |
+         uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))) << 8;
+}
 inline void store_int8(int8_t* p, F16 a) {
   const __m256i words =
       _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
@@ -208,6 +216,11 @@ inline F16 power_of_two(F16 n) { HW_LANES(power_of_two_1(n.v[i])); }
 inline F16 round(F16 a) { HW_LANES(__builtin_rintf(a.v[i])); }
 inline F16 select_less(F16 a, F16 b, F16 x, F16 y) {
   HW_LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
+}
+inline uint32_t greater_mask(F16 a, F16 b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= uint32_t(a.v[i] > b.v[i]) << i;
+  return mask;
 }
 inline void store_int8(int8_t* p, F16 a) {
   for (int i = 0; i < 16; ++i) p[i] = int8_t(__builtin_rintf(a.v[i]));
@@ -266,6 +279,25 @@ inline F16 exp2(F16 x) {
   p = fma(p, f, splat(2.402264791363012e-1f));
   p = fma(p, f, splat(6.931472028550421e-1f));
   p = fma(p, f, splat(1.0f));
+  return select_less(x, lowest, zero(), mul(p, power_of_two(n)));
+}
+
+// e^x for x <= 0 within about one unit in the last place, exactly 1 at 0: Cephes' expf. The
+// reduction takes ln 2 off in two parts; the first has few bits, so its product with n is exact.
+// Below `kLowestExponent` the result is 0; all others are normal floats.
+constexpr float kLowestExponent = -87.3365f;  // ln(2^-126), just above
+inline F16 exp(F16 x) {
+  const F16 lowest = splat(kLowestExponent);
+  const F16 clamped = max(x, lowest);
+  const F16 n = round(mul(clamped, splat(1.44269504088896341f)));
+  const F16 f = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
+  F16 p = splat(1.9875691500e-4f);
+  p = fma(p, f, splat(1.3981999507e-3f));
+  p = fma(p, f, splat(8.3334519073e-3f));
+  p = fma(p, f, splat(4.1665795894e-2f));
+  p = fma(p, f, splat(1.6666665459e-1f));
+  p = fma(p, f, splat(5.0000001201e-1f));
+  p = fma(p, mul(f, f), add(f, splat(1.0f)));
   return select_less(x, lowest, zero(), mul(p, power_of_two(n)));
 }
 

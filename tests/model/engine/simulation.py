@@ -9,7 +9,8 @@ one that comes back from the disk as something else.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def make_engine(
     max_num_batched_tokens: int = 16,
     max_model_len: int | None = None,
     disk: DiskTier | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Engine, SimulatedRunner]:
     runner = SimulatedRunner(num_blocks, block_size)
     backing = None if disk is None else Backing(runner, disk)
@@ -183,6 +185,7 @@ def make_engine(
         static_root=ROOT,
         backing=backing,
         check_accounting=True,
+        clock=clock,
     )
     return engine, runner
 

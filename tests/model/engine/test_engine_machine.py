@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from model.engine.messages import CacheQuery
 from model.engine.tiers import DiskTier
 from tests.model.engine.simulation import disk_tier, make_engine, oracle, run_to_end, submit
 
@@ -73,6 +74,24 @@ class EngineMachine(RuleBasedStateMachine):
             self.aborted.add(victim)
             self._hear(self.engine.step(lambda: self.engine.abort([victim])).outputs)
 
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        """Some blocks of what somebody said so far; requests that have them go on."""
+        if self.prompts:
+            request_id = data.draw(st.sampled_from(sorted(self.prompts)))
+            known = self.prompts[request_id] + self.tokens[request_id]
+            blocks = self.engine.cache_report(CacheQuery(1, known)).blocks
+            assert len(blocks) == len(known) // BLOCK_SIZE
+            if blocks:
+                keys = [b.key for b in data.draw(st.lists(st.sampled_from(blocks), max_size=6))]
+                assert self.engine.forget(keys).keys == keys
+                self._check_forgotten(known, keys)
+
+    def _check_forgotten(self, known: list[int], keys: list[bytes]) -> None:
+        for block in self.engine.cache_report(CacheQuery(2, known)).blocks:
+            if block.key in keys:
+                assert not block.device and not block.disk
+
     @rule()
     def evict_everything_that_is_cached(self) -> None:
         pool = self.engine.scheduler.pool
@@ -109,6 +128,11 @@ class DiskMachine(EngineMachine):
         self.folder = Path(tempfile.mkdtemp())
         super().__init__()
         self._start()
+
+    def _check_forgotten(self, known: list[int], keys: list[bytes]) -> None:
+        super()._check_forgotten(known, keys)
+        there = {path.stem for path in self.folder.glob("??/*.kv")}
+        assert not there & {key.hex() for key in keys}
 
     def _start(self) -> None:
         self.disk: DiskTier = disk_tier(self.folder, BLOCK_SIZE, budget_blocks=20)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from model.engine.block_file import BlockFormat
+from model.engine.engine import Engine
 from model.engine.prefix import block_key, root_key
 from model.engine.request import SamplingParams
 from model.engine.tiers import DiskTier, TierUnavailable
@@ -153,13 +154,13 @@ def test_files_left_half_written_are_removed_and_those_of_others_are_not(tmp_pat
 # ----------------------------------------------------------------------------- spoilt files
 
 
-def mutate(path: Path, other: bytes, chooser: random.Random) -> str:
-    """Spoil a file in one of many ways, and say in which. `other` is a good file of another
-    block."""
+def mutate(chain: Chain, i: int, path: Path, other: bytes, chooser: random.Random) -> str:
+    """Spoil the file of a chain's block in one of many ways, and say in which. `other` is a good
+    file of another block."""
     data = bytearray(path.read_bytes())
     kind = chooser.choice(
         ["bit", "bits", "header", "truncated", "empty", "longer", "random", "other", "swapped",
-         "symlink", "dangling", "zeros"]
+         "symlink", "dangling", "zeros", "folder", "foreign"]
     )  # fmt: skip
     if kind == "bit":
         data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
@@ -182,6 +183,14 @@ def mutate(path: Path, other: bytes, chooser: random.Random) -> str:
         data = data[: -BYTES - 16] + other[-BYTES - 16 :]
     elif kind == "zeros":
         data[chooser.randrange(len(data) - 200) :] = bytes(200)
+    elif kind == "foreign":  # the same block of another model, with a checksum that is right
+        form = BlockFormat(bytes(32), LAYOUT, SIZE, BYTES)
+        parts = form.encode(chain.keys[i], chain.parents[i], chain.tokens[i], chain.payloads[i])
+        data = bytearray(b"".join(parts))
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+        return kind
     elif kind in ("symlink", "dangling"):
         target = path.with_suffix(".elsewhere")
         if kind == "symlink":  # the very bytes that belong there, behind a link
@@ -202,7 +211,7 @@ def test_a_thousand_spoilt_files_are_a_thousand_misses(tmp_path: Path) -> None:
         other.write(tier)
         foreign = other.path(tmp_path, 0).read_bytes()
         for i in range(1000):
-            kinds.add(mutate(chain.path(tmp_path, i), foreign, chooser))
+            kinds.add(mutate(chain, i, chain.path(tmp_path, i), foreign, chooser))
         for i in range(1000):
             assert chain.read(tier, i) is None, i
             assert not os.path.lexists(chain.path(tmp_path, i))
@@ -213,7 +222,23 @@ def test_a_thousand_spoilt_files_are_a_thousand_misses(tmp_path: Path) -> None:
         assert other.read(tier, 0) == other.payloads[0]
         chain.write(tier)  # and all of them can be written again
         assert [chain.read(tier, i) for i in range(1000)] == chain.payloads
-    assert len(kinds) == 12
+    assert len(kinds) == 14
+
+
+def test_a_folder_with_something_in_it_stays_and_is_never_taken_for_a_block(tmp_path: Path) -> None:
+    chain = Chain(1, 1)
+    path = chain.path(tmp_path, 0)
+    with opened(tmp_path) as tier:
+        chain.write(tier)
+        path.unlink()
+        path.mkdir()
+        (path / "notes").write_text("mine")
+        assert chain.read(tier, 0) is None
+        assert tier.stats().corrupt == 1
+        assert tier.forget(chain.keys) == []
+    with opened(tmp_path) as tier:
+        assert tier.stats().num_files == 0
+    assert (path / "notes").read_text() == "mine"
 
 
 @pytest.mark.parametrize("change", [{"root": bytes(32)}, {"layout": "test bfloat1"}])
@@ -310,24 +335,26 @@ def test_the_order_outlives_the_engine(tmp_path: Path) -> None:
         assert chains[0].keys[0] in tier
 
 
+def test_the_bytes_that_are_counted_are_those_of_the_files(tmp_path: Path) -> None:
+    """Through restarts, evictions, spoilt and forgotten files, and files of two models."""
+    chooser = random.Random(3)
+    for round_number in range(12):
+        root = ROOT if round_number % 3 else bytes(32)
+        with opened(tmp_path, root=root, files=40) as tier:
+            sizes = [path.stat().st_size for path in tmp_path.glob("??/*.kv")]
+            assert (tier.stats().num_files, tier.stats().num_bytes) == (len(sizes), sum(sizes))
+            chain = Chain(round_number, 12)
+            chain.write(tier)
+            tier.forget(chooser.sample(chain.keys, 3))
+            for path in chooser.sample(sorted(tmp_path.glob("??/*.kv")), 3):
+                path.write_bytes(path.read_bytes()[: chooser.randrange(500)])
+            for i in range(12):
+                chain.read(tier, i)
+            assert tier.stats().num_bytes <= tier.budget_bytes
+    assert len(names(tmp_path)) > 20
+
+
 # --------------------------------------------------------------------------- a disk in trouble
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 64 KB."""
-    mount, umount = shutil.which("mount"), shutil.which("umount")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if mount is None or umount is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    command = [mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mount is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run([umount, folder], check=True)
 
 
 def test_a_full_disk_drops_blocks_and_recovers(small_disk: Path) -> None:
@@ -446,6 +473,55 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 # -------------------------------------------------------------------- behind a simulated engine
 
 PROMPT = [i * i % 5 for i in range(41)]
+
+
+def test_generations_go_on_while_the_disk_is_full(small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    prompts = [[(i * n + n) % 6 for i in range(30)] for n in range(1, 6)]
+
+    def ask_all(engine: Engine) -> None:
+        """Four times as many tokens as the pool holds."""
+        for n, prompt in enumerate(prompts):
+            submit(engine, f"r{n}", prompt, max_tokens=3)
+            assert run_to_end(engine)[f"r{n}"] == oracle(prompt, 3, 36)
+            engine.write_behind()
+
+    def start() -> tuple[Engine, DiskTier]:
+        tier = DiskTier(
+            small_disk / "kv",
+            root=ROOT,
+            layout="cells",
+            block_size=4,
+            block_bytes=32,
+            budget_bytes=1 << 20,
+            queue_bytes=8 * 32,
+            retry_seconds=0.01,
+            lock_seconds=0,
+        )
+        return make_engine(num_blocks=9, max_num_batched_tokens=64, disk=tier)[0], tier
+
+    engine, tier = start()
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    ask_all(engine)
+    assert wait_for(tier, lambda: tier._errors > 1)
+    assert names(small_disk) == ["filler"]
+    assert engine.stats().disk.written == 0 and engine.stats().disk.dropped > 0
+    filler.unlink()
+    assert tier.flush(10)
+    ask_all(engine)
+    while engine.write_behind() is not None:
+        assert tier.flush(10)
+    engine.close()
+    assert all(name.endswith(".kv") for name in names(small_disk))
+    engine, tier = start()
+    sizes = [path.stat().st_size for path in small_disk.glob("kv/??/*.kv")]
+    assert (tier.stats().num_files, tier.stats().num_bytes) == (len(sizes), sum(sizes))
+    ask_all(engine)
+    stats = engine.stats()
+    assert stats.disk_tokens > 0 and stats.disk.corrupt == 0
+    engine.close()
 
 
 def test_an_engine_goes_on_from_the_disk(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from model.engine.messages import RequestError
 from model.engine.request import SamplingParams
-from model.sampling.sampler import SampledToken, SamplingRow
+from model.sampling.sampler import SampledToken, Sampler, SamplingRow
+
+MakeSampler = Callable[[int], Sampler]  # the fixture make_sampler: from a vocabulary's size
 
 TOP = 64  # the sampler looks at this many of the highest logits first
 

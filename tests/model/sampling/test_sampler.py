@@ -13,7 +13,7 @@ from model.engine.messages import RequestError
 from model.engine.request import SamplingParams
 from model.sampling.draws import uniform
 from model.sampling.sampler import SampledToken, Sampler, SamplingRow
-from tests.model.sampling.rows import TOP, random_logits, row, tokens
+from tests.model.sampling.rows import TOP, MakeSampler, random_logits, row, tokens
 
 # ------------------------------------------------------------------------- the slow oracle
 
@@ -117,10 +117,10 @@ def random_case(rng: random.Random, vocab: int) -> tuple[Tensor, SamplingRow]:
 
 
 @pytest.mark.parametrize("vocab", [3, 63, 64, 65, 256, 300, 1000])
-def test_against_a_full_sort(vocab: int) -> None:
+def test_against_a_full_sort(make_sampler: MakeSampler, vocab: int) -> None:
     rng = random.Random(vocab)
     torch.manual_seed(vocab)
-    sampler = Sampler(vocab, "cpu")
+    sampler = make_sampler(vocab)
     certain = total = 0
     for _ in range(45):
         cases = [random_case(rng, vocab) for _ in range(rng.randint(1, 16))]
@@ -170,14 +170,16 @@ def z_score(counts: np.ndarray, expected: np.ndarray) -> float:
         ({"temperature": 2.0, "top_k": 120}, 300),
     ],
 )
-def test_chi_square_against_the_exact_distribution(params: dict[str, float], reach: int) -> None:
+def test_chi_square_against_the_exact_distribution(
+    make_sampler: MakeSampler, params: dict[str, float], reach: int
+) -> None:
     vocab, n = 300, 12_000 if reach == 64 else 6_000
     x = random_logits(1, vocab, 5)[0]
     base = SamplingParams(seed=17, **params)  # type: ignore[arg-type]
     order = np.lexsort((np.arange(vocab), -x.numpy()))
     weights, kept = oracle_kept(x.double().numpy()[order], base, 0.0)
     assert (kept <= 64) == (reach == 64), "the case must take the path it is there for"
-    sampler = Sampler(vocab, "cpu")
+    sampler = make_sampler(vocab)
     counts = np.zeros(vocab)
     for start in range(0, n, 400):
         rows = [row(base, position=start + i) for i in range(400)]
@@ -194,9 +196,9 @@ def test_chi_square_against_the_exact_distribution(params: dict[str, float], rea
     assert abs(z_score(cells, expected)) < 4
 
 
-def test_the_draw_depends_on_seed_choice_prompt_and_position() -> None:
+def test_the_draw_depends_on_seed_choice_prompt_and_position(make_sampler: MakeSampler) -> None:
     x = torch.zeros(1, 4096)
-    sampler = Sampler(4096, "cpu")
+    sampler = make_sampler(4096)
 
     def draw(position: int = 3, **key: int) -> int:
         params = SamplingParams(seed=key.pop("seed", 1), **key)  # type: ignore[arg-type]
@@ -214,17 +216,17 @@ def test_the_draw_depends_on_seed_choice_prompt_and_position() -> None:
 # ------------------------------------------------------------------------- borders
 
 
-def test_greedy_takes_the_lowest_id_of_equals() -> None:
+def test_greedy_takes_the_lowest_id_of_equals(make_sampler: MakeSampler) -> None:
     for vocab in (5, 256, 700):
         x = torch.full((2, vocab), -1.0)
         x[0, [vocab // 2, vocab - 1]] = 3.0
         greedy = row(SamplingParams(temperature=0.0))
-        assert tokens(Sampler(vocab, "cpu").sample(x, [greedy, greedy])) == [vocab // 2, 0]
+        assert tokens(make_sampler(vocab).sample(x, [greedy, greedy])) == [vocab // 2, 0]
 
 
-def test_ties_at_the_border_of_top_k_go_to_the_lowest_ids() -> None:
+def test_ties_at_the_border_of_top_k_go_to_the_lowest_ids(make_sampler: MakeSampler) -> None:
     vocab = 500
-    sampler = Sampler(vocab, "cpu")
+    sampler = make_sampler(vocab)
     x = torch.zeros(1, vocab)
     x[0, 400] = 0.5
     for top_k in (1, 3, 64, 100):

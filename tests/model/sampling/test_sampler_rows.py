@@ -10,8 +10,8 @@ import torch
 import model.sampling.sampler as sampler_module
 from model.engine.messages import RequestError
 from model.engine.request import SamplingParams
-from model.sampling.sampler import SampledToken, Sampler, SamplingRow
-from tests.model.sampling.rows import random_logits, row, tokens
+from model.sampling.sampler import SampledToken, SamplingRow
+from tests.model.sampling.rows import MakeSampler, random_logits, row, tokens
 
 # ------------------------------------------------------------------------- independence
 
@@ -45,11 +45,13 @@ def threads() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("vocab", [49_152, 32_003])
-def test_a_row_does_not_depend_on_the_batch_or_the_threads(vocab: int, threads: int) -> None:
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(
+    make_sampler: MakeSampler, vocab: int, threads: int
+) -> None:
     rng = random.Random(vocab)
     params = mixed_params()
     logits = random_logits(16, vocab, 1)
-    sampler = Sampler(vocab, "cpu")
+    sampler = make_sampler(vocab)
     texts = [
         ([rng.randrange(vocab) for _ in range(60)], [rng.randrange(vocab) for _ in range(20)])
         for _ in params
@@ -86,10 +88,10 @@ def test_the_weights_themselves_are_the_same_bits(threads: int) -> None:
         assert torch.equal(sampler_module.block_sums(single.weights())[0], sums[i])
 
 
-def test_kept_rows_give_the_same_tokens_as_fresh_ones() -> None:
+def test_kept_rows_give_the_same_tokens_as_fresh_ones(make_sampler: MakeSampler) -> None:
     # A request that is resumed elsewhere has no prepared edits; it must go on just the same.
     vocab = 800
-    sampler = Sampler(vocab, "cpu")
+    sampler = make_sampler(vocab)
     params = SamplingParams(
         temperature=1.0,
         top_p=0.8,
@@ -113,10 +115,10 @@ def test_kept_rows_give_the_same_tokens_as_fresh_ones() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_row_fails_alone(bad: float) -> None:
+def test_a_bad_row_fails_alone(make_sampler: MakeSampler, bad: float) -> None:
     logits = random_logits(16, 3000, 9)
     rows = [row(p, [1, 2], [3], (4,)) for p in mixed_params()]
-    sampler = Sampler(3000, "cpu")
+    sampler = make_sampler(3000)
     healthy = sampler.sample(logits, rows)
     for victim in range(16):
         poisoned = logits.clone()
@@ -129,7 +131,7 @@ def test_a_bad_row_fails_alone(bad: float) -> None:
         assert results == healthy[:victim] + healthy[victim + 1 :]
 
 
-def test_bad_parameters_fail_alone() -> None:
+def test_bad_parameters_fail_alone(make_sampler: MakeSampler) -> None:
     logits = random_logits(4, 100)
     healthy = row(SamplingParams(seed=1, repetition_penalty=1.2), [5], [6])
     rows = [
@@ -138,7 +140,7 @@ def test_bad_parameters_fail_alone() -> None:
         row(SamplingParams(logit_bias={2**70: 1.0})),
         row(SamplingParams(repetition_penalty=1.2), [5, 100]),
     ]
-    sampler = Sampler(100, "cpu")
+    sampler = make_sampler(100)
     results = sampler.sample(logits, rows)
     assert results[0] == sampler.sample(logits[:1], [healthy])[0]
     for result in results[1:]:
@@ -147,21 +149,21 @@ def test_bad_parameters_fail_alone() -> None:
     assert "100" in results[1].message  # type: ignore[union-attr]
 
 
-def test_a_row_without_any_token_left_is_an_error() -> None:
+def test_a_row_without_any_token_left_is_an_error(make_sampler: MakeSampler) -> None:
     rows = [row(SamplingParams(min_tokens=1), ends=(0, 1)), row(SamplingParams())]
-    first, second = Sampler(2, "cpu").sample(torch.zeros(2, 2), rows)
+    first, second = make_sampler(2).sample(torch.zeros(2, 2), rows)
     assert isinstance(first, RequestError)
     assert "no token is left" in first.message
     assert isinstance(second, SampledToken)
 
 
-def test_logprobs_are_of_the_raw_distribution() -> None:
+def test_logprobs_are_of_the_raw_distribution(make_sampler: MakeSampler) -> None:
     x = random_logits(1, 600, 4)
     best = int(x.argmax())
     params = SamplingParams(
         temperature=0.0, logit_bias={best: -100.0}, repetition_penalty=2.0, top_logprobs=3
     )
-    (result,) = Sampler(600, "cpu").sample(x, [row(params, list(range(600)))])
+    (result,) = make_sampler(600).sample(x, [row(params, list(range(600)))])
     assert isinstance(result, SampledToken) and result.logprob is not None
     raw = torch.log_softmax(x[0].double(), -1)
     assert result.token_id != best
@@ -170,10 +172,10 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert result.logprob.top[0] == (best, pytest.approx(raw[best].item(), abs=1e-6))
 
 
-def test_prompt_logprobs() -> None:
+def test_prompt_logprobs(make_sampler: MakeSampler) -> None:
     x = random_logits(70, 300, 6)
     targets = torch.arange(70) * 4
-    sampler = Sampler(300, "cpu")
+    sampler = make_sampler(300)
     entries = sampler.prompt_logprobs(x, targets, 2)
     raw = torch.log_softmax(x.double(), -1)
     for i, entry in enumerate(entries):
@@ -187,12 +189,12 @@ def test_prompt_logprobs() -> None:
         sampler.prompt_logprobs(x, targets, 2)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    sampler = Sampler(10, "cpu")
+def test_what_does_not_fit_is_refused(make_sampler: MakeSampler) -> None:
+    sampler = make_sampler(10)
     with pytest.raises(ValueError, match=r"\[1, 10\] was expected"):
         sampler.sample(torch.zeros(1, 11), [row(SamplingParams())])
     with pytest.raises(ValueError, match="float32"):
         sampler.sample(torch.zeros(1, 10, dtype=torch.float16), [row(SamplingParams())])
     with pytest.raises(ValueError, match="at least 1"):
-        Sampler(0, "cpu")
+        make_sampler(0)
     assert sampler.sample(torch.zeros(0, 10), []) == []

@@ -8,6 +8,7 @@
 #include "attention_checks.hpp"
 #include "layer_checks.hpp"
 #include "linear_checks.hpp"
+#include "sampling_checks.hpp"
 
 using test::AttentionCase;
 using test::check_linear;
@@ -81,6 +82,11 @@ int main(int count, char** arguments) {
   for (int width : {16, 48, 576}) test::check_norm(small ? 5 : 70, width, 3);
   test::check_silu_edges();
   check_attention(small, all);
+  test::check_exp();
+  for (int vocab : {1, 2, 17, 63, 64, 255, 256, 257, 3000})
+    test::check_sampling(vocab, small ? 4 : 40, uint64_t(vocab));
+  test::check_sampling(49152, small ? 2 : 12, 5);
+  if (!small) test::check_sampling(151936, 6, 6);
   for (int kind : kKinds) test::check_layer(kind, small ? 2 : 6);
   std::printf("instruction set: %s\ncomparisons: %ld\n", hw_instruction_set(),
               test::verdict.count());
