@@ -1,0 +1,1 @@
+"""The durable store: sessions, their turns, and the generations that are running."""

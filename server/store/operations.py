@@ -1,0 +1,252 @@
+"""What the store writes. Each function is one operation: it happens whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, exists, insert, literal, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from server.store.errors import StoreConflict
+from server.store.records import (
+    GenerationRecord,
+    GenerationStatus,
+    IdempotencyRecord,
+    SessionRecord,
+    TokenChunk,
+    TurnRecord,
+)
+from server.store.schema import (
+    dropped_block,
+    fold,
+    generation,
+    generation_tokens,
+    idempotency,
+    meta,
+    session,
+    session_block,
+    text_of,
+    turn,
+)
+
+# What a turn keeps from its beginning; the rest is known at its end.
+_TURN_FIXED = {"id", "session", "parent", "role", "created_at", "number"}
+
+
+def create_session(
+    connection: Connection, record: SessionRecord, request: IdempotencyRecord | None
+) -> None:
+    if request is not None:
+        connection.execute(insert(idempotency), _row(request))
+    connection.execute(insert(session), _row(record) | {"search": fold(record.title or "")})
+
+
+def update_session(connection: Connection, session_id: str, values: dict[str, Any]) -> bool:
+    if "title" in values:
+        values = values | {"search": fold(values["title"] or "")}
+    return _update_session(connection, session_id, values)
+
+
+def delete_session(
+    connection: Connection, owner: str, session_id: str, known: Sequence[bytes]
+) -> list[bytes] | None:
+    mine = session.c.owner == owner, session.c.id == session_id
+    if connection.scalar(select(session.c.id).where(*mine)) is None:
+        return None
+    _insert_new(connection, session_block, [{"session": session_id, "key": key} for key in known])
+    other = session_block.alias()
+    keys = list(
+        connection.scalars(
+            select(session_block.c.key)
+            .where(
+                session_block.c.session == session_id,
+                ~exists().where(other.c.key == session_block.c.key, other.c.session != session_id),
+            )
+            .order_by(session_block.c.key)
+        )
+    )
+    _insert_new(connection, dropped_block, [{"key": key} for key in keys])
+    connection.execute(delete(session).where(*mine))
+    return keys
+
+
+def begin(
+    connection: Connection,
+    turns: Sequence[TurnRecord],
+    started: GenerationRecord | None,
+    head: tuple[str, str] | None,
+    updated_at: float,
+    request: IdempotencyRecord | None,
+    reopened: TurnRecord | None,
+) -> None:
+    if request is not None:
+        connection.execute(insert(idempotency), _row(request))
+    _insert_turns(connection, turns)
+    if reopened is not None:
+        _update_turn(connection, reopened)
+    if started is not None:
+        connection.execute(insert(generation), _row(started))
+    if head is not None:
+        session_id, turn_id = head
+        if not _update_session(connection, session_id, {"head": turn_id, "updated_at": updated_at}):
+            raise StoreConflict(f"the session {session_id} is gone")
+    else:
+        touched = {record.session for record in turns}
+        if started is not None and started.session is not None:
+            touched.add(started.session)
+        for session_id in touched:
+            _update_session(connection, session_id, {"updated_at": updated_at})
+
+
+def log_tokens(connection: Connection, chunks: Sequence[TokenChunk]) -> None:
+    wanted = {chunk.generation for chunk in chunks}
+    # One whose session was deleted meanwhile must not take the tokens of the others with it.
+    there = set(
+        connection.scalars(select(generation.c.id).where(generation.c.id.in_(sorted(wanted))))
+    )
+    rows = [_row(chunk) for chunk in chunks if chunk.generation in there]
+    _insert_new(connection, generation_tokens, rows)
+
+
+def finish(
+    connection: Connection,
+    generation_id: str,
+    *,
+    status: GenerationStatus,
+    finish_reason: str | None,
+    error: dict[str, Any] | None,
+    usage: dict[str, Any] | None,
+    ended_at: float,
+    final: TurnRecord | None,
+    blocks: Sequence[bytes],
+    chunks: Sequence[TokenChunk],
+) -> None:
+    log_tokens(connection, chunks)
+    mine = generation.c.id == generation_id
+    ended = connection.execute(
+        update(generation)
+        .where(mine)
+        .values(
+            status=status,
+            finish_reason=finish_reason,
+            error=error,
+            usage=usage,
+            ended_at=ended_at,
+        )
+    )
+    if ended.rowcount == 0:
+        raise StoreConflict(f"the generation {generation_id} is gone")
+    if final is not None:
+        _update_turn(connection, final)
+    session_id = connection.scalar(select(generation.c.session).where(mine))
+    if session_id is not None:
+        _update_session(connection, session_id, {"updated_at": ended_at})
+        add_blocks(connection, session_id, blocks)
+
+
+def add_blocks(connection: Connection, session_id: str, keys: Sequence[bytes]) -> list[bytes]:
+    if connection.scalar(select(session.c.id).where(session.c.id == session_id)) is None:
+        return _drop_unused(connection, keys)
+    rows = [{"session": session_id, "key": key} for key in keys]
+    _insert_new(connection, session_block, rows)
+    used = select(session_block.c.key).where(session_block.c.session == session_id)
+    connection.execute(delete(dropped_block).where(dropped_block.c.key.in_(used)))
+    return []
+
+
+def _drop_unused(connection: Connection, keys: Sequence[bytes]) -> list[bytes]:
+    used: set[bytes] = set()
+    for some in _batches(keys):
+        used.update(
+            connection.scalars(select(session_block.c.key).where(session_block.c.key.in_(some)))
+        )
+    unused = [key for key in dict.fromkeys(keys) if key not in used]
+    _insert_new(connection, dropped_block, [{"key": key} for key in unused])
+    return unused
+
+
+def blocks_forgotten(connection: Connection, keys: Sequence[bytes]) -> None:
+    for some in _batches(keys):
+        connection.execute(delete(dropped_block).where(dropped_block.c.key.in_(some)))
+
+
+def set_crashes(connection: Connection, crashes: Mapping[str, int]) -> None:
+    for generation_id, count in crashes.items():
+        connection.execute(
+            update(generation).where(generation.c.id == generation_id).values(crashes=count)
+        )
+
+
+def expire(connection: Connection, before: float, gone_before: float) -> int:
+    connection.execute(delete(idempotency).where(idempotency.c.created_at < before))
+    connection.execute(delete(generation).where(generation.c.ended_at < gone_before))
+    old = generation.c.ended_at < before, generation.c.usage.is_not(None)
+    logs = select(generation.c.id).where(*old)
+    connection.execute(delete(generation_tokens).where(generation_tokens.c.generation.in_(logs)))
+    emptied: dict[str, Any] = {"usage": None, "prompt_token_ids": [], "resumed_token_ids": []}
+    return connection.execute(update(generation).where(*old).values(emptied)).rowcount
+
+
+def copy_path(
+    connection: Connection,
+    turns: Sequence[TurnRecord],
+    record: SessionRecord,
+    from_session: str | None,
+    request: IdempotencyRecord | None,
+) -> None:
+    create_session(connection, record, request)
+    _insert_turns(connection, turns)
+    if from_session is not None:
+        copied = select(literal(record.id), session_block.c.key).where(
+            session_block.c.session == from_session
+        )
+        connection.execute(insert(session_block).from_select(["session", "key"], copied))
+
+
+def set_meta(connection: Connection, name: str, value: str) -> None:
+    connection.execute(delete(meta).where(meta.c.name == name))
+    connection.execute(insert(meta), {"name": name, "value": value})
+
+
+def _row(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _insert_turns(connection: Connection, turns: Sequence[TurnRecord]) -> None:
+    rows = []
+    for record in turns:
+        row = _row(record) | {"search": fold(text_of(record.content))}
+        del row["number"]
+        rows.append(row)
+    if rows:
+        connection.execute(insert(turn), rows)
+
+
+def _update_turn(connection: Connection, record: TurnRecord) -> None:
+    values = {name: value for name, value in _row(record).items() if name not in _TURN_FIXED}
+    values["search"] = fold(text_of(record.content))
+    statement = update(turn).where(turn.c.id == record.id).values(values)
+    if connection.execute(statement).rowcount == 0:
+        raise StoreConflict(f"the turn {record.id} is gone")
+
+
+def _update_session(connection: Connection, session_id: str, values: dict[str, Any]) -> bool:
+    statement = update(session).where(session.c.id == session_id).values(values)
+    return connection.execute(statement).rowcount == 1
+
+
+def _insert_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """Inserts the rows whose key is not there yet."""
+    if not rows:
+        return
+    if connection.dialect.name == "sqlite":
+        connection.execute(sqlite.insert(table).on_conflict_do_nothing(), rows)
+    else:
+        connection.execute(postgresql.insert(table).on_conflict_do_nothing(), rows)
+
+
+def _batches(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """Databases bound the number of a statement's parameters."""
+    return (values[start : start + 10_000] for start in range(0, len(values), 10_000))
