@@ -80,6 +80,11 @@ class Detokenizer:
         those that end before it (with `include_stop`, before its end)."""
         return self._num_released if self.stopped is not None else self._num_fed
 
+    @property
+    def num_held_tokens(self) -> int:
+        """Tokens that were fed and are not wholly shown yet."""
+        return self._num_fed - self._num_released
+
     def feed(self, token_id: int) -> Delta:
         """Takes the next token. After a stop string, and after `finish`, nothing more comes."""
         if self._finished:
@@ -96,11 +101,12 @@ class Detokenizer:
         self._ends.append(self._num_decoded + waiting)
         return self._advance(text)
 
-    def finish(self) -> Delta:
-        """The end of the stream: shows all that was held back; half a character is U+FFFD."""
+    def finish(self, *, half: bool = True) -> Delta:
+        """The end of the stream: shows all that was held back. Half a character is U+FFFD, or with
+        `half=False` (the stream may go on another day) not shown."""
         if self._finished:
             return Delta("", 0)
-        text = self._decoder.decode(b"", final=True)
+        text = self._decoder.decode(b"", final=True) if half else ""
         self._num_decoded += len(text)
         delta = self._advance(text)
         if self.stopped is not None:
@@ -151,6 +157,12 @@ class Detokenizer:
             count += 1
         self._num_released += count
         return count
+
+
+def shown_text(token_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
+    """The text of whole tokens; of half a character at the end, nothing."""
+    detokenizer = Detokenizer(token_bytes)
+    return "".join([detokenizer.feed(id_).text for id_ in ids])
 
 
 @lru_cache(maxsize=256)
