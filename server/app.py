@@ -14,14 +14,13 @@ from starlette.responses import Response
 
 import server
 from model.hub import ModelFiles
-from server.api import chat, completions, health, models, tokens
+from server.api import chat, completions, health, models, sessions, streams, tokens
 from server.errors import (
     HeadwaterError,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
     RequestTooLarge,
-    ServerDraining,
     ServerError,
 )
 from server.gates import HostGate, OwnerGate
@@ -30,22 +29,23 @@ from server.owners import Owners
 from server.responses import error_response, validation_error
 from server.services import Services
 from server.settings import Settings
+from server.store.errors import StoreError
+from server.store.store import Store
 from server.text.tokenizer import TokenizerError
 
 
-def create_app(settings: Settings, files: ModelFiles, owners: Owners) -> FastAPI:
-    """The application that serves `files` to `owners`. The engine is spawned when it starts up."""
-    services = Services.create(settings, files, owners)
+def create_app(settings: Settings, files: ModelFiles, owners: Owners, store: Store) -> FastAPI:
+    """The application that serves `files` to `owners` and keeps what is theirs in `store`, which it
+    closes. The engine is spawned when it starts up."""
+    services = Services.create(settings, files, owners, store)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services.supervisor.start()
+        await services.start()
         try:
             yield
         finally:
-            services.client.draining = True
-            services.generations.end_all(ServerDraining("the server stops", retry_after=5))
-            await services.supervisor.stop()
+            await services.stop()
 
     app = FastAPI(
         title="Headwater",
@@ -55,7 +55,7 @@ def create_app(settings: Settings, files: ModelFiles, owners: Owners) -> FastAPI
         redoc_url=None,
     )
     app.state.services = services
-    for router in (chat, completions, models, tokens, health):
+    for router in (chat, completions, sessions, streams, models, tokens, health):
         app.include_router(router.router)
     _handle_errors(app, services)
     _add_gates(app, services)
@@ -90,9 +90,7 @@ def begin_drain(app: FastAPI, grace: float, then: Callable[[], None]) -> None:
         deadline = loop.time() + grace
         while len(services.generations) and loop.time() < deadline:
             await asyncio.sleep(0.05)
-        services.generations.end_all(
-            ServerDraining("the server is shutting down; send the request again", retry_after=5)
-        )
+        await services.checkpoint()
         await asyncio.sleep(0.05)  # one turn of the loop for the last frames to leave
         then()
 
@@ -107,6 +105,10 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
     @app.exception_handler(HeadwaterError)
     async def known(_: Request, error: HeadwaterError) -> Response:
         return answer(error)
+
+    @app.exception_handler(StoreError)
+    async def not_stored(_: Request, error: StoreError) -> Response:
+        return answer(ServerError(f"nothing was changed: {error}"))
 
     @app.exception_handler(TokenizerError)
     async def not_unicode(_: Request, error: TokenizerError) -> Response:

@@ -23,6 +23,8 @@ from server.logs import set_up_logs
 from server.owners import Owners, OwnersError, key_line, make_key
 from server.secret import SecretError, load_secret
 from server.settings import Settings
+from server.store.errors import StoreError
+from server.store.store import Store
 
 app = typer.Typer(
     name="headwater",
@@ -51,7 +53,7 @@ def _explained() -> Iterator[None]:
     """Errors for people: one line on stderr and an exit code, never a traceback."""
     try:
         yield
-    except (Fault, HubError, ListenError, OwnersError, SecretError) as error:
+    except (Fault, HubError, ListenError, OwnersError, SecretError, StoreError) as error:
         sys.stderr.write(f"headwater: {error}\n")
         raise typer.Exit(error.code if isinstance(error, Fault) else 1) from None
 
@@ -106,6 +108,12 @@ def serve(
         str | None, typer.Option(help="KV cache on disk, a size or off [2GiB]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder of what outlives the server")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="PostgreSQL URL of the store [SQLite in the data folder]")
+    ] = None,
+    stream_retention: Annotated[
+        float | None, typer.Option(help="seconds that ended streams can be read [3600]")
+    ] = None,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="the keys that are let in; headwater key makes them")
     ] = None,
@@ -137,6 +145,8 @@ def serve(
             kv_memory=kv_memory,
             disk_cache=disk_cache,
             data=data,
+            store=store,
+            stream_retention=stream_retention,
             api_keys_file=api_keys_file,
             no_auth=no_auth,
             allowed_hosts=allowed_hosts,
@@ -149,17 +159,22 @@ def serve(
         sock = bind(settings)
         with contextlib.closing(sock):
             files = _resolve(settings)
-            raise typer.Exit(asyncio.run(_serve(settings, files, owners, sock)))
+            host, number = sock.getsockname()[:2]
+            opened = Store.open(settings.store, settings.data_folder, f"{host}:{number}")
+            with contextlib.closing(opened):
+                raise typer.Exit(asyncio.run(_serve(settings, files, owners, opened, sock)))
 
 
-async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: socket.socket) -> int:
+async def _serve(
+    settings: Settings, files: ModelFiles, owners: Owners, store: Store, sock: socket.socket
+) -> int:
     """Run until a signal, or until the engine is beyond help. Returns the exit code."""
     import uvicorn
 
     from server.app import begin_drain, create_app
 
     with _text_files_explained(files):
-        application = create_app(settings, files, owners)
+        application = create_app(settings, files, owners, store)
     services = application.state.services
     client = services.client
     # Why an engine could not start is the command's last line: the log need not say it as well.

@@ -15,9 +15,14 @@ import structlog
 
 from model.engine.messages import (
     Abort,
+    BlockState,
+    CacheQuery,
+    CacheReport,
     EngineFailed,
     EngineReady,
     EngineStats,
+    Forget,
+    Forgotten,
     FromEngine,
     Heartbeat,
     ModelInfo,
@@ -36,9 +41,10 @@ from server.errors import EngineRestarting, EngineStarting, HeadwaterError, Serv
 log = structlog.get_logger()
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
-Sink = Callable[[TokenOutput | HeadwaterError], None]
+Sink = Callable[[TokenOutput], None]
 
 UNREADY_AFTER_SECONDS = 3.0  # without a heartbeat
+QUERY_SECONDS = 10.0
 
 
 class EngineChannel(asyncio.Protocol):
@@ -97,15 +103,22 @@ class EngineClient:
         self.epoch = 0
         self.last_heartbeat = 0.0
         self.last_progress = 0.0
+        self.made_tokens = False  # this engine
+        self.on_lost: Callable[[HeadwaterError | None], None] = lambda _: None
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_forgotten: Callable[[list[bytes]], None] = lambda _: None
         self._steps = -1
         self._channel: EngineChannel | None = None
         self._sinks: dict[str, Sink] = {}
+        self._queries: dict[int, asyncio.Future[list[BlockState]]] = {}
+        self._num_queries = 0
 
     # ----------------------------------------------------------------------- for the supervisor
 
     def attach(self, epoch: int) -> EngineChannel:
         """A channel for the engine process of this epoch; messages of older ones are dropped."""
         self.epoch = epoch
+        self.made_tokens = False
         self._steps = -1
         self.last_heartbeat = self.last_progress = time.monotonic()
 
@@ -128,8 +141,8 @@ class EngineClient:
             self._channel.send(Shutdown())
             self._channel.close()
 
-    def lost(self, state: State, error: HeadwaterError) -> None:
-        """The engine process is gone: every request in it ends with `error`."""
+    def lost(self, state: State, error: HeadwaterError | None = None) -> None:
+        """The engine process is gone. `error`: for good, so every request ends with it."""
         self.state = state
         self.ready.clear()
         self.epoch = -1
@@ -137,9 +150,12 @@ class EngineClient:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink(error)
+        self._sinks.clear()
+        queries, self._queries = self._queries, {}
+        for query in queries.values():
+            if not query.done():
+                query.set_exception(EngineRestarting("the engine died; try again", retry_after=2))
+        self.on_lost(error)
 
     # --------------------------------------------------------------------------- for the others
 
@@ -147,6 +163,11 @@ class EngineClient:
     def num_requests(self) -> int:
         """Requests submitted and not finished."""
         return len(self._sinks)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether there is an engine that can be sent requests, if perhaps a slow one."""
+        return self.state == "ready" and self._channel is not None
 
     def unready_reason(self) -> str | None:
         """Why the engine takes no requests now; None when it does."""
@@ -175,19 +196,43 @@ class EngineClient:
         raise EngineRestarting(text, retry_after=2)
 
     def submit(self, message: Submit, sink: Sink) -> None:
-        """Send a request; `sink` gets its outputs, in order, and at most one error."""
-        self.check_ready()
+        """Send a request to the engine that is there; `sink` gets its outputs, in order."""
         assert self._channel is not None
         if not self._sinks:  # an idle engine makes no progress: the clock starts with the work
             self.last_progress = time.monotonic()
         self._sinks[message.request_id] = sink
         self._channel.send(message)
 
-    def abort(self, request_ids: list[str]) -> None:
-        """Forget these requests and have their blocks back; ids that are done are ignored."""
-        known = [i for i in request_ids if self._sinks.pop(i, None) is not None]
+    def abort(self, request_ids: list[str], *, last_word: bool = False) -> None:
+        """Have the blocks of these requests back; ids that are done are ignored. Their sinks get
+        nothing more, or with `last_word` the output that names their blocks."""
+        known = [i for i in request_ids if i in self._sinks]
+        if not last_word:
+            for request_id in known:
+                del self._sinks[request_id]
         if known and self._channel is not None:
             self._channel.send(Abort(known))
+
+    async def cached_blocks(self, token_ids: list[int], salt: bytes) -> list[BlockState]:
+        """Where the full blocks of this sequence are. Raises an Overloaded error."""
+        self.check_ready()
+        assert self._channel is not None
+        self._num_queries += 1
+        query_id = self._num_queries
+        answer = asyncio.get_running_loop().create_future()
+        self._queries[query_id] = answer
+        self._channel.send(CacheQuery(query_id, token_ids, salt))
+        try:
+            return await asyncio.wait_for(answer, QUERY_SECONDS)
+        except TimeoutError:
+            raise EngineRestarting("the engine does not answer", retry_after=2) from None
+        finally:
+            self._queries.pop(query_id, None)
+
+    def forget(self, keys: list[bytes]) -> None:
+        """Have these blocks removed from every tier; `on_forgotten` tells which are."""
+        if self._channel is not None and keys:
+            self._channel.send(Forget(keys))
 
     # --------------------------------------------------------------------------------- messages
 
@@ -197,6 +242,7 @@ class EngineClient:
                 self.last_progress = time.monotonic()
                 self.stats = message.stats
                 for output in message.outputs:
+                    self.made_tokens = self.made_tokens or bool(output.token_ids)
                     sink = self._sinks.get(output.request_id)
                     if sink is None:
                         continue  # aborted on this side already
@@ -216,6 +262,13 @@ class EngineClient:
                 self.last_heartbeat = time.monotonic()
                 self.state = "ready"
                 self.ready.set()
+                self.on_ready()
+            case CacheReport():
+                query = self._queries.get(message.query_id)
+                if query is not None and not query.done():
+                    query.set_result(message.blocks)
+            case Forgotten():
+                self.on_forgotten(message.keys)
             case EngineFailed():
                 self.failure = message.message
 

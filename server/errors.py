@@ -5,7 +5,11 @@ HeadwaterError
 |  |- UnsupportedParameter  400  unsupported_parameter
 |  |- ContextLengthExceeded 400  context_length_exceeded
 |  |- NotFound              404  not_found
+|  |  `- StreamExpired      404  stream_expired
 |  |- MethodNotAllowed      405  invalid_value
+|  |- Conflict              409  invalid_value
+|  |  |- SessionBusy         409  session_busy  (with x-should-retry: false)
+|  |  `- IdempotencyConflict 409  idempotency_conflict
 |  |- RequestTooLarge       413  request_too_large
 |  `- UnsupportedMediaType  415  unsupported_media_type
 |- AuthenticationError      401  invalid_api_key  (with WWW-Authenticate)
@@ -85,6 +89,30 @@ class ContextLengthExceeded(InvalidRequest):
 class NotFound(InvalidRequest):
     status = 404
     default_code = "not_found"
+
+
+class StreamExpired(NotFound):
+    default_code = "stream_expired"
+
+
+class Conflict(InvalidRequest):
+    status = 409
+
+
+class SessionBusy(Conflict):
+    """The official clients send a 409 again by themselves, and would be answered twice."""
+
+    default_code = "session_busy"
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
+
+
+class IdempotencyConflict(Conflict):
+    default_code = "idempotency_conflict"
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
 
 
 class MethodNotAllowed(InvalidRequest):

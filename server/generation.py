@@ -1,52 +1,63 @@
-"""Generation: one run of the model, its event log, and those who read it.
+"""Generation: one run of the model, its log, and those who read it.
 
-Token ids come in from the engine; text comes out as events in a log. Every subscriber reads it
-from its own offset, so a slow reader holds nobody up, and all wires are functions of one log.
+The log is the output's tokens, each with the text that it completes. So the text after N tokens is
+a function of those N tokens, a place in a stream is a number of tokens, and every reader has an
+offset of its own: a slow one holds nobody up, and one that left goes on where it was. All wires are
+functions of this log. Where the tokens come from, one engine process or three, does not show in it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-import msgspec
-
-from model.engine.messages import Submit, TokenLogprob, TokenOutput
+from model.engine.messages import TokenLogprob, TokenOutput
 from model.engine.request import SamplingParams
-from server.engine_client import EngineClient
-from server.errors import (
-    HeadwaterError,
-    InvalidRequest,
-    QueueFull,
-    RateLimited,
-    ServerError,
-    from_engine,
-)
-from server.metrics import Metrics
+from server.errors import HeadwaterError, ServerError, from_engine
 from server.owners import Owner
+from server.store.records import GenerationKind, TurnRecord
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, frozen=True)
+class Started:
+    """The engine has admitted the request: what it found in its caches is known."""
+
+
+@dataclass(slots=True, frozen=True)
+class Progress:
+    """Nothing to show yet: the place in the queue (0 is the next), or how much of the prompt is
+    computed, as (done, total) tokens."""
+
+    queue_position: int = -1
+    prefill: tuple[int, int] | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Paused:
+    """The engine died. Another one goes on with the very next token."""
+
+
+@dataclass(slots=True, frozen=True)
 class Delta:
-    """Text that may be shown, and the tokens that it shows. `logprobs` has one entry a token where
-    they were asked for."""
+    """Tokens and the text they show; `end` is how many output tokens there are up to its end.
+    `logprobs` has one entry a token where they were asked for."""
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob]
+    end: int
 
 
 @dataclass(slots=True, frozen=True)
 class Done:
-    """The end of a log."""
+    """The end of a log. `abort`: somebody cancelled it."""
 
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,7 +67,7 @@ class Failed:
     error: HeadwaterError
 
 
-Event = Delta | Done | Failed
+Event = Started | Progress | Paused | Delta | Done | Failed
 
 
 @dataclass(slots=True)
@@ -64,276 +75,356 @@ class Timings:
     """Monotonic clock, in seconds; 0 is 'not yet'."""
 
     submitted: float = 0.0
+    admitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
 
 
+@dataclass(slots=True)
+class Durable:
+    """What makes a generation outlive the process: what it is for, and how far its log is stored.
+    `turn` is the answer that it writes, in a session."""
+
+    kind: GenerationKind
+    session: str | None = None
+    turn: TurnRecord | None = None
+    num_logged: int = 0
+
+
 @dataclass(eq=False)
 class Generation:
-    """One choice of an answer. `feed` is the engine client's sink; `owner` is a name."""
+    """One choice of an answer. `feed` is the engine client's sink.
+
+    `resumed_token_ids` are output tokens that an earlier generation of the same answer drew: they
+    count for limits and penalties, and are no part of this log."""
 
     id: str
-    owner: str
+    owner: Owner
     prompt_token_ids: list[int]
     params: SamplingParams
-    detokenizer: Detokenizer
-    on_end: Callable[[Generation], None]
-    log: list[Event] = field(default_factory=list)
+    stop: tuple[str, ...]
+    tokenizer: Tokenizer
+    on_end: Callable[[Generation, Done | Failed], None]
+    resumed_token_ids: list[int] = field(default_factory=list)
+    durable: Durable | None = None
+    created_at: float = field(default_factory=time.time)
+    crashes: int = 0
+    """Deaths of the engine while this was in it, without a step forward in between."""
+    timings: Timings = field(default_factory=Timings)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_reused_tokens: int = 0
-    num_output_tokens: int = 0
-    timings: Timings = field(default_factory=Timings)
-    _held_ids: list[int] = field(default_factory=list)
-    _held_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_disk_tokens: int = 0
+    num_corrupt_blocks: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    drawn_token_ids: list[int] = field(default_factory=list)
+    """All that came from the engine, in the log or not yet."""
+    token_ids: list[int] = field(default_factory=list)
+    """The log: tokens whose text is shown whole."""
+    pieces: list[str] = field(default_factory=list)
+    """The text that each token of the log completes."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    end_token_ids: list[int] = field(default_factory=list)
+    """The token that ended it, if one did; it has no text."""
+    stored_counts: dict[str, Any] | None = None
+    """`counts` of one that ended in the past."""
+    pauses: int = 0
+    progress: Progress | None = None
+    left_engine: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set with the engine's last word on it, when `block_keys` is known."""
+    _drawn_logprobs: list[TokenLogprob] = field(default_factory=list)
+    _num_replayed: int = 0
+    _held_text: str = ""
+    _closing: Done | Failed | None = None
+    _end: Done | Failed | None = None
     _listeners: set[asyncio.Event] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._detokenizer = self._new_detokenizer()
+        for token_id in self.resumed_token_ids:
+            self._detokenizer.feed(token_id)
+        self._num_owed = self._detokenizer.num_held_tokens
+
+    def _new_detokenizer(self) -> Detokenizer:
+        return Detokenizer(
+            self.tokenizer.token_bytes,
+            self.prompt_token_ids,
+            list(self.stop),
+            min_tokens=self.params.min_tokens,
+        )
+
+    @property
+    def admitted(self) -> bool:
+        return self.timings.admitted > 0
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing more will be computed; the end may still wait to be stored."""
+        return self._closing is not None
 
     @property
     def ended(self) -> bool:
-        return bool(self.log) and not isinstance(self.log[-1], Delta)
+        return self._end is not None
 
     @property
     def text(self) -> str:
         """All the text so far."""
-        return "".join(event.text for event in self.log if isinstance(event, Delta))
+        return "".join(self.pieces)
 
     @property
     def end(self) -> Done:
         """How it ended. Raises the error it failed with."""
-        event = self.log[-1]
-        if isinstance(event, Failed):
-            raise event.error
-        assert isinstance(event, Done)
-        return event
+        if isinstance(self._end, Failed):
+            raise self._end.error
+        assert self._end is not None
+        return self._end
+
+    @property
+    def outcome(self) -> Done | Failed | None:
+        """How it ended; None while it runs."""
+        return self._end
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that were drawn, those that a stop string cut off among them."""
+        return len(self.drawn_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The log's tokens, and the one that ended it."""
+        return self.token_ids + self.end_token_ids
+
+    def whole_text(self) -> str:
+        """The text of the answer that this is the end of: the resumed tokens' and its own."""
+        before = self._new_detokenizer()
+        shown = [before.feed(token_id).text for token_id in self.resumed_token_ids]
+        return "".join(shown) + self.text
+
+    def counts(self) -> dict[str, Any]:
+        """What the events at both ends tell, in plain values: tokens, and times."""
+        if self.stored_counts is not None:
+            return self.stored_counts
+        timings = self.timings
+        prefill = timings.first_token - timings.submitted if timings.first_token else 0.0
+        decode = timings.last_token - timings.first_token
+        num_decoded = self.num_output_tokens - self._num_replayed - 1
+        num_prompt = len(self.prompt_token_ids) + len(self.resumed_token_ids)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self.num_output_tokens,
+            "cached_tokens": {
+                "device": self.num_reused_tokens - self.num_disk_tokens,
+                "host": 0,
+                "disk": self.num_disk_tokens,
+            },
+            "num_end_tokens": len(self.end_token_ids),
+            "timings": {
+                "queue_ms": round(1000 * max(timings.admitted - timings.submitted, 0.0), 1),
+                "ttft_ms": round(1000 * prefill, 1),
+                "decode_tokens_per_s": round(num_decoded / decode, 1) if decode > 0 else 0.0,
+            },
+        }
 
     # ------------------------------------------------------------------------------- the log
 
-    def feed(self, output: TokenOutput | HeadwaterError) -> None:
+    def feed(self, output: TokenOutput) -> None:
         """Append what a step made, and wake the readers."""
-        if self.ended:
+        if output.finish_reason is not None:
+            self.block_keys = output.block_keys
+            self.left_engine.set()
+        if self.closing:
             return
-        if isinstance(output, HeadwaterError):
-            self._finish(Failed(output))
-            return
-        if output.num_reused_tokens >= 0:
-            self.num_reused_tokens = output.num_reused_tokens
-        self.prompt_logprobs += output.prompt_logprobs
+        self._note(output)
         if output.error is not None:
-            self._finish(Failed(from_engine(output.error)))
+            self.close(Failed(from_engine(output.error)))
             return
-        if output.token_ids:
-            stopped = self._append(output)
-            if stopped:
-                return
+        if output.token_ids and self._append(output):
+            return
         match output.finish_reason:
             case None:
-                if output.token_ids:
-                    self._wake()
+                self._wake()
             case "stop" | "length":
-                self._flush()
-                self._finish(Done(output.finish_reason))
+                self._flush(output.finish_reason)
             case _:
-                self._finish(Failed(ServerError("the engine ended the request unasked")))
+                self.close(Failed(ServerError("the engine ended the request unasked")))
 
-    def fail(self, error: HeadwaterError) -> None:
-        """End the log with an error, from this side."""
-        self.feed(error)
+    def cancel(self) -> None:
+        """End it here. What was drawn so far stays; of half a character, nothing is shown."""
+        if self.closing:
+            return
+        self._held_text += self._detokenizer.finish(half=False).text
+        self._release(len(self.drawn_token_ids) - len(self.token_ids) + self._num_owed)
+        self.close(Done("abort"))
+
+    def close(self, event: Done | Failed) -> None:
+        """Nothing more comes from the engine. `publish` is the end of it."""
+        if not self.closing:
+            self._closing = event
+            self.on_end(self, event)
+
+    def publish(self, event: Done | Failed) -> None:
+        """Show the end to the readers."""
+        self._closing = self._end = event
+        self._wake()
+
+    def pause(self) -> None:
+        """The engine is gone, and another one will go on with this."""
+        self.pauses += 1
+        self.prompt_logprobs = []  # they come again
+        self._wake()
+
+    def replay(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
+        """Take over what an earlier process logged of this generation."""
+        if token_ids:
+            self._append(TokenOutput(self.id, token_ids=list(token_ids), logprobs=list(logprobs)))
+        self.timings = Timings()
+        self._num_replayed = len(token_ids)
+
+    def _note(self, output: TokenOutput) -> None:
+        if output.num_reused_tokens >= 0 and not self.admitted:
+            self.timings.admitted = time.monotonic()
+            self.num_reused_tokens = output.num_reused_tokens
+            self.num_disk_tokens = output.num_disk_tokens
+            self.num_corrupt_blocks = output.num_corrupt_blocks
+        self.prompt_logprobs += output.prompt_logprobs
+        if output.queue_position >= 0 or output.prefill is not None:
+            self.progress = Progress(output.queue_position, output.prefill)
 
     def _append(self, output: TokenOutput) -> bool:
-        """Log what the new tokens let be shown. True when a stop string ended the generation."""
+        """Log what the new tokens let be shown. True when a stop string among it was the end."""
         now = time.monotonic()
         if self.timings.first_token == 0.0:
             self.timings.first_token = now
         self.timings.last_token = now
-        self.num_output_tokens += len(output.token_ids)
         # The token that ends the request (an end token, a stop token) is counted, not shown.
         num_shown = len(output.token_ids) - (output.finish_reason == "stop")
-        self._held_ids += output.token_ids[:num_shown]
-        self._held_logprobs += output.logprobs[:num_shown]
-        text, num_tokens = "", 0
+        self.drawn_token_ids += output.token_ids
+        self._drawn_logprobs += output.logprobs
         for token_id in output.token_ids[:num_shown]:
-            delta = self.detokenizer.feed(token_id)
-            text += delta.text
-            num_tokens += delta.num_tokens
-            if self.detokenizer.stopped is not None:
-                self._release(text, num_tokens)
-                self._finish(Done("stop"))
+            delta = self._detokenizer.feed(token_id)
+            self._held_text += delta.text
+            self._release(delta.num_tokens)
+            if self._detokenizer.stopped is not None:
+                self._spell_out()
+                self.close(Done("stop"))
                 return True
-        self._release(text, num_tokens)
         return False
 
-    def _release(self, text: str, num_tokens: int) -> None:
-        if not text and num_tokens == 0:
+    def _release(self, num_tokens: int) -> None:
+        """Move that many drawn tokens into the log; the last of them completes the held text."""
+        owed = min(self._num_owed, num_tokens)  # tokens of the generation before this one
+        self._num_owed -= owed
+        num_tokens -= owed
+        if num_tokens <= 0:
             return
-        self.log.append(Delta(text, self._held_ids[:num_tokens], self._held_logprobs[:num_tokens]))
-        del self._held_ids[:num_tokens]
-        del self._held_logprobs[:num_tokens]
+        start = len(self.token_ids)
+        self.token_ids += self.drawn_token_ids[start : start + num_tokens]
+        self.logprobs += self._drawn_logprobs[start : start + num_tokens]
+        self.pieces += [""] * (num_tokens - 1) + [self._held_text]
+        self._held_text = ""
 
-    def _flush(self) -> None:
-        delta = self.detokenizer.finish()
-        stopped = self.detokenizer.stopped is not None  # the last character completed a stop string
-        self._release(delta.text, delta.num_tokens if stopped else len(self._held_ids))
+    def _spell_out(self) -> None:
+        """Text is left that no whole token shows: the part of one before a stop string."""
+        if self._held_text:
+            ids = self.tokenizer.encode(self._held_text, special=False, continues=True)
+            self.token_ids += ids
+            self.pieces += [""] * (len(ids) - 1) + [self._held_text]
+            self._held_text = ""
 
-    def _finish(self, event: Done | Failed) -> None:
-        self.log.append(event)
-        self.on_end(self)
-        self._wake()
+    def _flush(self, reason: Literal["stop", "length"]) -> None:
+        delta = self._detokenizer.finish()
+        self._held_text += delta.text
+        if self._detokenizer.stopped is not None:  # the last character completed a stop string
+            self._release(delta.num_tokens)
+            self._spell_out()
+            self.close(Done("stop"))
+            return
+        num_ends = int(reason == "stop")
+        self._release(len(self.drawn_token_ids) - len(self.token_ids) - num_ends + self._num_owed)
+        self._spell_out()
+        self.end_token_ids = self.drawn_token_ids[-1:] if num_ends else []
+        self.close(Done(reason))
 
     # --------------------------------------------------------------------------- its readers
+
+    @property
+    def has_readers(self) -> bool:
+        return bool(self._listeners)
+
+    def delta(self, start: int) -> Delta | None:
+        """The log from `start` tokens on; None where nothing is new."""
+        end = len(self.token_ids)
+        if start >= end:
+            return None
+        text = "".join(self.pieces[start:])
+        return Delta(text, self.token_ids[start:], self.logprobs[start:], end)
+
+    def listen(self, listener: asyncio.Event) -> None:
+        """Set `listener` whenever there is news, and now."""
+        self._listeners.add(listener)
+        listener.set()
+
+    def unlisten(self, listener: asyncio.Event) -> None:
+        self._listeners.discard(listener)
 
     def _wake(self) -> None:
         for listener in self._listeners:
             listener.set()
 
-    def listen(self, listener: asyncio.Event) -> None:
-        """Set `listener` whenever the log grows."""
-        self._listeners.add(listener)
-        if self.log:
-            listener.set()
 
-    def unlisten(self, listener: asyncio.Event) -> None:
-        self._listeners.discard(listener)
+class _Cursor:
+    """How far one reader is in one log."""
+
+    __slots__ = ("_admitted", "_generation", "_offset", "_pauses", "_progress")
+
+    def __init__(self, generation: Generation, offset: int | None) -> None:
+        self._generation = generation
+        self._offset = offset or 0
+        self._admitted = offset is not None
+        self._pauses = generation.pauses
+        self._progress: Progress | None = None
+
+    def news(self) -> list[Event]:
+        generation = self._generation
+        events: list[Event] = []
+        if generation.pauses != self._pauses and not generation.ended:
+            self._pauses = generation.pauses
+            events.append(Paused())
+        if generation.progress is not self._progress:
+            self._progress = generation.progress
+            if self._progress is not None and not generation.drawn_token_ids:
+                events.append(self._progress)
+        if not self._admitted and (generation.admitted or generation.token_ids):
+            self._admitted = True
+            events.append(Started())
+        delta = generation.delta(self._offset)
+        if delta is not None:
+            self._offset = delta.end
+            events.append(delta)
+        if generation.outcome is not None:
+            events.append(generation.outcome)
+        return events
 
 
-async def read(generations: Sequence[Generation]) -> AsyncIterator[list[tuple[int, Event]]]:
+async def read(
+    generations: Sequence[Generation], after: int | None = None
+) -> AsyncIterator[list[tuple[int, Event]]]:
     """The events of several generations as they come, as (index, event). One batch a wake-up, so
-    that a step costs one write however many choices it served."""
+    that a step costs one write however many choices it served. `after` is the number of output
+    tokens that the reader has; None: not even that it started."""
     news = asyncio.Event()
-    offsets = [0] * len(generations)
+    cursors = {i: _Cursor(generation, after) for i, generation in enumerate(generations)}
     for generation in generations:
         generation.listen(news)
     try:
-        unfinished = set(range(len(generations)))
-        while unfinished:
+        while cursors:
             await news.wait()
             news.clear()
-            batch: list[tuple[int, Event]] = []
-            for i in sorted(unfinished):
-                log = generations[i].log
-                batch += [(i, event) for event in log[offsets[i] :]]
-                offsets[i] = len(log)
-                if generations[i].ended:
-                    unfinished.discard(i)
+            batch = [(i, event) for i, cursor in cursors.items() for event in cursor.news()]
+            for i, event in batch:
+                if isinstance(event, Done | Failed):
+                    del cursors[i]
             if batch:
                 yield batch
     finally:
         for generation in generations:
             generation.unlisten(news)
-
-
-class Generations:
-    """Starts generations, within the bound of the queue, and knows the live ones."""
-
-    def __init__(
-        self,
-        client: EngineClient,
-        tokenizer: Tokenizer,
-        metrics: Metrics,
-        *,
-        max_num_seqs: int,
-        max_queue: int,
-    ) -> None:
-        self._client = client
-        self._tokenizer = tokenizer
-        self._metrics = metrics
-        self._max_num_seqs = max_num_seqs
-        self._capacity = max_num_seqs + max_queue
-        self._live: dict[str, Generation] = {}
-        self._mean_seconds = 1.0  # how long a generation takes, for Retry-After
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def start(
-        self,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        *,
-        owner: Owner,
-        n: int = 1,
-        stop: Sequence[str] = (),
-    ) -> list[Generation]:
-        """Submit `n` choices for each prompt (token ids), in order; all of them or none.
-
-        Raises RateLimited, QueueFull, or why the engine takes no requests now."""
-        self._client.check_ready()
-        num_more = n * len(prompts)
-        self._check_limit(owner, num_more)
-        if num_more > self._capacity:
-            raise InvalidRequest(
-                f"the request asks for {num_more} answers; this server takes at most "
-                f"{self._capacity} at a time",
-                param="n",
-            )
-        if len(self._live) + num_more > self._capacity:
-            ahead = len(self._live) + num_more - self._max_num_seqs
-            wait = self._mean_seconds * ahead / self._max_num_seqs
-            raise QueueFull(
-                f"the queue is full: {len(self._live)} requests are running or waiting and the "
-                f"limit is {self._capacity}; try again later",
-                retry_after=min(max(wait, 1.0), 60.0),
-            )
-        generations = []
-        for prompt_index, prompt in enumerate(prompts):
-            for choice_index in range(n):
-                generation = Generation(
-                    id=f"gen_{secrets.token_hex(16)}",
-                    owner=owner.name,
-                    prompt_token_ids=prompt,
-                    params=msgspec.structs.replace(
-                        params, prompt_index=prompt_index, choice_index=choice_index
-                    ),
-                    detokenizer=Detokenizer(
-                        self._tokenizer.token_bytes,
-                        prompt,
-                        list(stop),
-                        min_tokens=params.min_tokens,
-                    ),
-                    on_end=self._ended,
-                )
-                generation.timings.submitted = time.monotonic()
-                self._live[generation.id] = generation
-                self._client.submit(
-                    Submit(generation.id, prompt, generation.params, salt=owner.salt),
-                    generation.feed,
-                )
-                generations.append(generation)
-        return generations
-
-    def _check_limit(self, owner: Owner, num_more: int) -> None:
-        """Raises RateLimited while the owner has as many answers running as it may have."""
-        limit = owner.max_concurrent
-        if limit is None:
-            return
-        if num_more > limit:
-            raise InvalidRequest(
-                f"the request asks for {num_more} answers; the limit of {owner.name} is {limit} "
-                "at a time",
-                param="n",
-            )
-        running = sum(g.owner == owner.name for g in self._live.values())
-        if running + num_more > limit:
-            raise RateLimited(
-                f"{owner.name} has {running} answers running or waiting and the limit is {limit}; "
-                "try again when one has ended",
-                retry_after=min(max(self._mean_seconds, 1.0), 60.0),
-            )
-
-    def cancel(self, generations: Iterable[Generation]) -> None:
-        """The reader is gone: stop computing. Generations that ended are left as they are."""
-        live = [g.id for g in generations if self._live.pop(g.id, None) is not None]
-        if live:
-            self._metrics.aborts.inc(len(live))
-            self._client.abort(live)
-
-    def end_all(self, error: HeadwaterError) -> None:
-        """End every live generation with `error` (the server stops)."""
-        for generation in list(self._live.values()):
-            self._client.abort([generation.id])
-            generation.fail(error)
-
-    def _ended(self, generation: Generation) -> None:
-        self._live.pop(generation.id, None)
-        self._client.abort([generation.id])  # a stop string ended it here, not in the engine
-        seconds = time.monotonic() - generation.timings.submitted
-        self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds
-        self._metrics.ended(generation.timings, generation.num_output_tokens)

@@ -60,6 +60,7 @@ class Owners:
         self.local = _owner("", secret)
         """Everybody where no keys are set, and the person at the command line. No owner in a file
         has its name, so no key can reach what it left."""
+        self._secret = secret
         self._keys = [(digest, _owner(name, secret, limits.get(name))) for digest, name in keys]
 
     @classmethod
@@ -84,6 +85,11 @@ class Owners:
     def guarded(self) -> bool:
         """Whether a key is needed."""
         return bool(self._keys)
+
+    def named(self, name: str) -> Owner:
+        """The owner of that name, also when no key is theirs any more: what they left is theirs."""
+        known = (owner for _, owner in self._keys if owner.name == name)
+        return next(known, None) or _owner(name, self._secret)
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Owner:
         """Whose a request with these headers is. Raises AuthenticationError."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.hub import ModelFiles
 from server.api.chat import ChatMessage, ChatRequest, prompt_token_ids
-from server.api.sampling import room_for_answer
 from server.errors import HeadwaterError, Overloaded
 from server.generation import Delta, Failed, read
 from server.owners import Owners
+from server.prompt import room_for_answer
 from server.secret import load_secret
 from server.services import Services
 from server.settings import Settings
+from server.store.store import Store
 from server.text.tokenizer import TokenizerError
 
 EXIT_ERROR, EXIT_OVERLOADED = 1, 75
@@ -32,8 +35,10 @@ class RunOptions:
 async def run_once(settings: Settings, files: ModelFiles, options: RunOptions) -> int:
     """Start an engine, stream one answer, stop the engine. Returns the exit code."""
     owners = Owners(load_secret(settings.data_folder))  # whoever runs a command needs no key
-    services = Services.create(settings, files, owners)
-    services.supervisor.start()
+    # A server may have the store of the data folder; and nothing here is to be kept.
+    folder = tempfile.TemporaryDirectory(prefix="headwater-")
+    services = Services.create(settings, files, owners, Store.open(None, Path(folder.name)))
+    await services.start()
     try:
         _status(f"loading {files.name}")
         await _ready(services)
@@ -45,7 +50,8 @@ async def run_once(settings: Settings, files: ModelFiles, options: RunOptions) -
         _status(f"headwater: {error}\n")
         return EXIT_ERROR
     finally:
-        await services.supervisor.stop()
+        await services.stop()
+        folder.cleanup()
 
 
 async def _ready(services: Services) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,16 @@ from fastapi import Depends, Request
 
 from model.hub import ModelFiles
 from server.engine_client import EngineClient
-from server.generation import Generations
+from server.errors import ServerDraining
+from server.generations import Generations
+from server.idempotency import Idempotency
+from server.journal import Journal
 from server.metrics import Metrics
 from server.owners import Owner, Owners
+from server.sessions import Sessions
 from server.settings import Settings
+from server.store.errors import StoreError
+from server.store.store import Store
 from server.supervisor import Supervisor
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -31,33 +38,74 @@ class Services:
     client: EngineClient
     supervisor: Supervisor
     generations: Generations
+    store: Store
+    journal: Journal
+    sessions: Sessions
+    idempotency: Idempotency
     metrics: Metrics
     sampling_defaults: dict[str, float]
     draining: asyncio.Task[None] | None = None
 
     @classmethod
-    def create(cls, settings: Settings, files: ModelFiles, owners: Owners) -> Services:
+    def create(
+        cls, settings: Settings, files: ModelFiles, owners: Owners, store: Store
+    ) -> Services:
         tokenizer = Tokenizer.load(files.folder)
         client = EngineClient()
         metrics = Metrics(client)
+        generations = Generations(
+            client,
+            tokenizer,
+            metrics,
+            max_num_seqs=settings.max_num_seqs,
+            max_queue=settings.max_queue,
+        )
+        journal = Journal(
+            store, generations, client, tokenizer, owners, retention=settings.stream_retention
+        )
+        template = ChatTemplate.for_tokenizer(files.chat_template, tokenizer)
         return cls(
             settings=settings,
             files=files,
             owners=owners,
             tokenizer=tokenizer,
-            template=ChatTemplate.for_tokenizer(files.chat_template, tokenizer),
+            template=template,
             client=client,
             supervisor=Supervisor(settings, files, client, metrics),
-            generations=Generations(
-                client,
-                tokenizer,
-                metrics,
-                max_num_seqs=settings.max_num_seqs,
-                max_queue=settings.max_queue,
-            ),
+            generations=generations,
+            store=store,
+            journal=journal,
+            sessions=Sessions(store, journal, generations, client, tokenizer, template),
+            idempotency=Idempotency(store, settings.stream_retention),
             metrics=metrics,
             sampling_defaults=read_sampling_defaults(files.folder),
         )
+
+    async def start(self) -> None:
+        """Spawn the engine, and take up what the store says is running."""
+        self.supervisor.start()
+        await self.journal.start()
+
+    async def checkpoint(self) -> None:
+        """End what runs: the durable ones go on with the next start."""
+        with contextlib.suppress(StoreError):
+            await self.journal.flush()
+        self.generations.end_all(
+            ServerDraining(
+                "the server is shutting down; a durable stream goes on when it is back, other "
+                "requests must be sent again",
+                retry_after=5,
+            )
+        )
+        await self.generations.settled()
+
+    async def stop(self) -> None:
+        """The end of it all: what runs, the engine, the store."""
+        self.client.draining = True
+        await self.checkpoint()
+        await self.journal.stop()
+        await self.supervisor.stop()
+        await asyncio.to_thread(self.store.close)
 
 
 def read_sampling_defaults(folder: Path) -> dict[str, float]:

@@ -90,6 +90,8 @@ class Settings(BaseSettings):
     engine_timeout: float = Field(default=30.0, gt=0)
     shutdown_grace: float = Field(default=5.0, ge=0)
     send_timeout: float = Field(default=30.0, gt=0)
+    store: str | None = None
+    stream_retention: float = Field(default=3600.0, gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

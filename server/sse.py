@@ -32,6 +32,18 @@ def data_frame(document: Any) -> bytes:
     return b"data: " + _encoder.encode(document) + b"\n\n"
 
 
+def event_frame(event: str, document: Any, id: int | None = None) -> bytes:
+    """A named event with JSON data. With an `id`, it is where a reader that comes back goes on."""
+    head = b"" if id is None else b"id: %d\n" % id
+    return head + b"event: " + event.encode() + b"\n" + data_frame(document)
+
+
+def comment_frame(text: str) -> bytes:
+    """A comment. It has no empty line: with one, a client that has seen an `id:` takes it for an
+    event without data."""
+    return b": " + text.encode() + b"\n"
+
+
 def _ping() -> ServerSentEvent:
     return ServerSentEvent(comment="ping", sep="\n")
 

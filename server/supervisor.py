@@ -4,7 +4,8 @@
 
 An engine is dead when its process exits or its channel closes. It hangs when no heartbeat comes,
 or no step ends while there is work, for `engine_timeout` seconds: then its stacks are logged and it
-is killed. Restarts back off; too many deaths in a short time end the server with exit code 1.
+is killed. Restarts back off; too many deaths of engines that made no token, in a short time, end
+the server with exit code 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import structlog
 from model.engine.messages import Start
 from model.hub import ModelFiles
 from server.engine_client import EngineClient
-from server.errors import EngineCrash, EngineRestarting
+from server.errors import EngineCrash
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -87,6 +88,8 @@ class Supervisor:
             was_ready = await self._one_engine(epoch)
             if self._stopping:
                 return
+            if self._client.made_tokens:
+                deaths.clear()  # it works; what it died of is told by the generations
             deaths.append(time.monotonic())
             self._metrics.restarts.inc()
             too_many = len(deaths) == MAX_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN_SECONDS
@@ -97,10 +100,7 @@ class Supervisor:
                 self._client.lost("failed", EngineCrash(f"{reason}; the server stops"))
                 self.failed.set()
                 return
-            self._client.lost(
-                "restarting",
-                EngineRestarting("the engine died and is being restarted; send the request again"),
-            )
+            self._client.lost("restarting")
             delay = 0.0 if len(deaths) == 1 else min(0.25 * 2 ** (len(deaths) - 2), 5.0)
             log.warning("engine_restarting", deaths=len(deaths), delay_s=delay)
             await asyncio.sleep(delay)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import Response
 
 from server.api.sampling import SamplingFields
-from server.generation import Failed, Generation, Generations, read
+from server.errors import NotFound, StreamExpired
+from server.generation import Done, Failed, Generation, read
+from server.generations import Generations
+from server.owners import Owner
 from server.responses import json_response
 from server.services import Services
 from server.sse import EventStream
 
-T = TypeVar("T")
-
+GENERATION_ID = re.compile(r"gen_[0-9a-f]{32}")
 LOWEST_LOGPROB = -9999.0  # how minus infinity is sent: JSON has none
-TOKENIZE_INLINE_CHARACTERS = 16_384
 
 
 def new_id(prefix: str) -> str:
@@ -33,24 +35,42 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOWEST_LOGPROB
 
 
+def wire_reason(event: Done) -> str:
+    """The finish reason in OpenAI's words, which have none for a cancelled answer."""
+    return "stop" if event.finish_reason == "abort" else event.finish_reason
+
+
 def usage(generations: Sequence[Generation], *, num_choices: int) -> dict[str, Any]:
     """Token counts of an answer; a prompt counts once, however many choices it has."""
-    firsts = generations[::num_choices]
-    prompt = sum(len(g.prompt_token_ids) for g in firsts)
-    completion = sum(g.num_output_tokens for g in generations)
+    counts = [g.counts() for g in generations]
+    firsts = counts[::num_choices]
+    prompt = sum(c["prompt_tokens"] for c in firsts)
+    completion = sum(c["completion_tokens"] for c in counts)
+    cached = sum(sum(c["cached_tokens"].values()) for c in firsts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(g.num_reused_tokens for g in firsts)},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
-async def off_loop(num_characters: int, work: Callable[[], T]) -> T:
-    """Run `work` here when it is small, else in a thread, so that no stream waits for it."""
-    if num_characters <= TOKENIZE_INLINE_CHARACTERS:
-        return work()
-    return await asyncio.to_thread(work)
+async def find_generation(services: Services, owner: Owner, id: str) -> Generation:
+    """The generation of that id, live or ended. Raises NotFound, also for somebody else's, and
+    StreamExpired."""
+    live = services.generations[id]
+    if live is not None and live.owner.name == owner.name:
+        return live
+    if GENERATION_ID.fullmatch(id) and live is None:
+        ended = await services.journal.load(owner.name, id)
+        if ended is not None:
+            return ended
+        if await services.store.generation(owner.name, id) is not None:
+            raise StreamExpired(
+                f"the stream {id} ended too long ago to be read again; its turn, if it belongs to "
+                "a session, is kept"
+            )
+    raise NotFound(f"there is no stream {id[:64]!r}")
 
 
 async def wait_for_all(
@@ -80,7 +100,7 @@ async def wait_for_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        service.cancel(generations)
+        service.leave(generations)
 
 
 class Answer(Protocol):
@@ -106,7 +126,7 @@ async def respond(
     if body.stream:
         return EventStream(
             answer.frames(body.wants_usage()),
-            on_close=lambda: services.generations.cancel(generations),
+            on_close=lambda: services.generations.leave(generations),
             send_timeout=services.settings.send_timeout,
             headers=headers,
         )

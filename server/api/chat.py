@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -11,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from model.engine.messages import TokenLogprob
-from server.api.answers import finite, new_id, off_loop, respond, usage
-from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answer
+from server.api.answers import find_generation, finite, respond, usage, wire_reason
+from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.generation import Delta, Done, Failed, Generation, read
+from server.generation import Delta, Done, Failed, Generation, Paused, read
+from server.prompt import off_loop, room_for_answer
 from server.services import Caller, Services, Shared
-from server.sse import DONE, data_frame
+from server.sse import DONE, comment_frame, data_frame
 from server.text.chat_template import TemplateError, encode_chat
 from server.text.tokenizer import Tokenizer
 
@@ -35,7 +35,6 @@ _REFUSED = {
     "guided_regex": _LATER,
     "guided_grammar": _LATER,
     "guided_choice": _LATER,
-    "resumable": _LATER,
     "audio": "this server makes text only",
     "web_search_options": "this server has no web search",
 }
@@ -58,23 +57,22 @@ class ChatMessage(BaseModel):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
-    def rendered(self, index: int) -> dict[str, Any]:
+    def rendered(self, index: int, param: str = "messages") -> dict[str, Any]:
         """The message as a chat template gets it: plain text, `developer` as `system`."""
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": self._text(index),
+            "content": self._text(f"{param}.{index}.content"),
         }
         for key in ("name", "tool_calls", "tool_call_id"):
             if getattr(self, key) is not None:
                 message[key] = getattr(self, key)
         return message
 
-    def _text(self, index: int) -> str:
+    def _text(self, param: str) -> str:
         if self.content is None:
             if self.role != "assistant":
                 raise InvalidRequest(
-                    f"`messages.{index}.content` is missing; a {self.role} message needs text",
-                    param=f"messages.{index}.content",
+                    f"`{param}` is missing; a {self.role} message needs text", param=param
                 )
             return ""
         if isinstance(self.content, str):
@@ -83,9 +81,8 @@ class ChatMessage(BaseModel):
         for part in self.content:
             if part.type not in ("text", "input_text", "output_text", "refusal"):
                 raise UnsupportedParameter(
-                    f"`messages.{index}.content` has a part of type {part.type!r}; this model "
-                    "reads text only",
-                    param=f"messages.{index}.content",
+                    f"`{param}` has a part of type {part.type!r}; this model reads text only",
+                    param=param,
                 )
             texts.append(part.text or part.refusal or "")
         return "".join(texts)
@@ -106,6 +103,7 @@ class ChatRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     tool_choice: str | dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    resumable: bool | None = None
 
     def check(self) -> None:
         """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
@@ -131,6 +129,8 @@ class ChatRequest(SamplingFields):
                 "`max_tokens` and `max_completion_tokens` differ; give one of them",
                 param="max_tokens",
             )
+        if self.resumable and (self.n or 1) > 1:
+            raise InvalidRequest("`resumable` needs `n` = 1", param="n")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise InvalidRequest(
                 "`continue_final_message` needs an assistant message at the end",
@@ -177,27 +177,49 @@ async def create_chat_completion(
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=top_logprobs)
     n = body.n or 1
-    generations = services.generations.start(
-        [prompt], params, owner=owner, n=n, stop=body.stop or []
-    )
-    answer = _Answer(services, generations, top_logprobs)
+    async with services.idempotency.once(request, owner) as once:
+        generations: list[Generation]
+        if isinstance(once.made, str):
+            generations = [await find_generation(services, owner, once.made)]
+        elif once.made is not None:
+            generations = once.made
+        elif body.resumable:
+            generations = [
+                await services.journal.start_resumable(
+                    prompt, params, owner, body.stop or [], once.record
+                )
+            ]
+            once.made = generations[0].id
+        else:
+            generations = services.generations.start(
+                [prompt], params, owner=owner, n=n, stop=body.stop or []
+            )
+            once.made = generations
+    answer = ChatAnswer(services, generations, top_logprobs, resumable=bool(body.resumable))
     return await respond(request, services, generations, answer, body)
 
 
-class _Answer:
-    """The chat wire of one request's generations."""
+class ChatAnswer:
+    """The chat wire of one request's generations. With `resumable`, chunks say where they are."""
 
     def __init__(
-        self, services: Services, generations: list[Generation], top_logprobs: int | None
+        self,
+        services: Services,
+        generations: Sequence[Generation],
+        top_logprobs: int | None,
+        *,
+        resumable: bool = False,
     ) -> None:
         self._tokenizer = services.tokenizer
         self._metrics = services.metrics
         self._generations = generations
         self._top_logprobs = top_logprobs
-        self._head: dict[str, Any] = {
-            "id": new_id("chatcmpl-"),
+        self._resumable = resumable
+        first = generations[0]
+        self._head: dict[str, Any] = {  # the same whoever reads it, and whenever
+            "id": "chatcmpl-" + first.id.removeprefix("gen_"),
             "object": "chat.completion.chunk",
-            "created": int(time.time()),
+            "created": int(first.created_at),
             "model": services.files.name,
         }
 
@@ -208,11 +230,10 @@ class _Answer:
                 "index": i,
                 "message": {"role": "assistant", "content": generation.text, "refusal": None},
                 "logprobs": None,
-                "finish_reason": generation.end.finish_reason,
+                "finish_reason": wire_reason(generation.end),
             }
             if self._top_logprobs is not None:
-                logprobs = [p for e in generation.log if isinstance(e, Delta) for p in e.logprobs]
-                choice["logprobs"] = self._logprobs(logprobs)
+                choice["logprobs"] = self._logprobs(generation.logprobs)
             choices.append(choice)
         return {
             **self._head,
@@ -221,20 +242,24 @@ class _Answer:
             "usage": usage(self._generations, num_choices=len(self._generations)),
         }
 
-    async def frames(self, include_usage: bool) -> AsyncIterator[bytes]:
+    async def frames(self, include_usage: bool, after: int | None = None) -> AsyncIterator[bytes]:
         """Role, text deltas, one finish reason a choice, usage if asked for, `[DONE]`; or an error
-        frame, then `[DONE]`."""
-        role = {"role": "assistant", "content": ""}
-        yield b"".join(self._frame(i, role) for i in range(len(self._generations)))
-        async for batch in read(self._generations):
+        frame, then `[DONE]`. `after`: go on after that many tokens, with no role."""
+        if after is None:
+            role = {"role": "assistant", "content": ""}
+            yield b"".join(self._frame(i, role, at=1) for i in range(len(self._generations)))
+        async for batch in read(self._generations, after):
             frames = []
             for i, event in batch:
                 match event:
                     case Delta():
                         if event.text or event.logprobs:
                             frames.append(self._delta_frame(i, event))
+                    case Paused():
+                        frames.append(comment_frame("the engine is being restarted"))
                     case Done():
-                        frames.append(self._frame(i, {}, event.finish_reason))
+                        at = 2 + len(self._generations[i].output_token_ids)
+                        frames.append(self._frame(i, {}, wire_reason(event), at=at))
                     case Failed():
                         self._metrics.errors.labels(event.error.code).inc()
                         yield b"".join([*frames, data_frame(event.error.body()), DONE])
@@ -249,7 +274,7 @@ class _Answer:
 
     def _delta_frame(self, index: int, event: Delta) -> bytes:
         logprobs = None if self._top_logprobs is None else self._logprobs(event.logprobs)
-        return self._frame(index, {"content": event.text}, logprobs=logprobs)
+        return self._frame(index, {"content": event.text}, logprobs=logprobs, at=1 + event.end)
 
     def _frame(
         self,
@@ -257,6 +282,8 @@ class _Answer:
         delta: dict[str, Any],
         finish_reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
+        *,
+        at: int,
     ) -> bytes:
         choice = {
             "index": index,
@@ -264,7 +291,10 @@ class _Answer:
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        return data_frame({**self._head, "choices": [choice]})
+        chunk = {**self._head, "choices": [choice]}
+        if self._resumable:
+            chunk["headwater"] = {"generation": self._generations[index].id, "event": at}
+        return data_frame(chunk)
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         top = self._top_logprobs or 0

@@ -12,10 +12,11 @@ from pydantic import Field
 from starlette.responses import Response
 
 from model.engine.messages import ModelInfo, TokenLogprob
-from server.api.answers import finite, new_id, off_loop, respond, usage
-from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields, room_for_answer
+from server.api.answers import finite, new_id, respond, usage, wire_reason
+from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Delta, Done, Event, Failed, Generation, read
+from server.prompt import off_loop, room_for_answer
 from server.services import Caller, Services, Shared
 from server.sse import DONE, data_frame
 
@@ -100,9 +101,14 @@ async def create_completion(
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     n = body.n or 1
-    generations = services.generations.start(
-        prompts, params, owner=owner, n=n, stop=body.stop or []
-    )
+    async with services.idempotency.once(request, owner) as once:
+        if isinstance(once.made, list):
+            generations = once.made
+        else:
+            generations = services.generations.start(
+                prompts, params, owner=owner, n=n, stop=body.stop or []
+            )
+            once.made = generations
     answer = _Answer(services, body, generations, drop_output=max_tokens == 0)
     return await respond(request, services, generations, answer, body)
 
@@ -144,14 +150,14 @@ class _Answer:
     def whole(self) -> dict[str, Any]:
         choices = []
         for i, generation in enumerate(self._generations):
-            finish_reason = "length" if self._drop_output else generation.end.finish_reason
+            finish_reason = "length" if self._drop_output else wire_reason(generation.end)
             text = ""
             logprobs: list[TokenLogprob] = []
             if self._echo:
                 text, logprobs = self._prompt_part(generation)
             if not self._drop_output:
                 text += generation.text
-                logprobs += [p for e in generation.log if isinstance(e, Delta) for p in e.logprobs]
+                logprobs += generation.logprobs
             choices.append(self._choice(i, text, logprobs, finish_reason))
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -182,7 +188,7 @@ class _Answer:
             case Delta() if not self._drop_output and (event.text or event.logprobs):
                 return [self._frame(index, event.text, event.logprobs)]
             case Done():
-                reason = "length" if self._drop_output else event.finish_reason
+                reason = "length" if self._drop_output else wire_reason(event)
                 return [self._frame(index, "", [], reason)]
         return []
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from model.engine.messages import ModelInfo
 from model.engine.request import SamplingParams
-from server.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from server.errors import InvalidRequest, UnsupportedParameter
 from server.services import Services
 
 MAX_N = 8
@@ -120,25 +119,3 @@ class SamplingFields(BaseModel):
         for name, reason in reasons.items():
             if said.get(name, getattr(self, name, None)) not in (None, False, [], {}, ""):
                 raise UnsupportedParameter(f"`{name}` is not supported: {reason}", param=name)
-
-
-def room_for_answer(
-    model: ModelInfo, num_prompt_tokens: int, max_tokens: int | None, *, param: str
-) -> int:
-    """How many tokens the answer may have. Raises ContextLengthExceeded, with the numbers, when the
-    prompt or the asked answer does not fit: nothing is ever cut silently."""
-    room = model.max_model_len - num_prompt_tokens
-    if room < 1:
-        raise ContextLengthExceeded(
-            f"the model's context length is {model.max_model_len} tokens, and the prompt alone has "
-            f"{num_prompt_tokens}; shorten it by at least {1 - room} tokens",
-            param=param,
-        )
-    if max_tokens is not None and max_tokens > room:
-        raise ContextLengthExceeded(
-            f"the model's context length is {model.max_model_len} tokens, but "
-            f"{num_prompt_tokens + max_tokens} were asked for ({num_prompt_tokens} in the prompt, "
-            f"{max_tokens} for the answer); shorten the prompt or ask for at most {room}",
-            param=param,
-        )
-    return room if max_tokens is None else max_tokens

@@ -8,9 +8,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from server.api.answers import off_loop
 from server.api.chat import MAX_MESSAGES, ChatMessage, prompt_token_ids
 from server.errors import InvalidRequest
+from server.prompt import off_loop
 from server.responses import json_response
 from server.services import Shared
 

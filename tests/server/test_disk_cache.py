@@ -111,18 +111,6 @@ def test_off_is_off(tiny_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "kv").exists()
 
 
-def test_a_second_server_on_the_folder_runs_without(tiny_model: Path, tmp_path: Path) -> None:
-    env = {"HEADWATER_DATA": str(tmp_path)}
-    with serving(str(tiny_model), env=env) as first:
-        text, num_tokens, _ = ask(first)
-        wait_written(first, num_tokens + 23)
-        with serving(str(tiny_model), env=env) as second:
-            assert f"another engine has {tmp_path / 'kv'}" in second.log
-            assert f"process {first.engine.pid}" in second.log
-            assert ask(second) == (text, num_tokens, 0)
-            assert disk(second, "files") == 0
-
-
 def test_what_is_no_size_is_told(tiny_model: Path) -> None:
     done = subprocess.run(
         [*headwater(), "serve", str(tiny_model), "--disk-cache", "plenty"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -25,6 +26,7 @@ from server.errors import AuthenticationError
 from server.gates import OPEN_PATHS
 from server.owners import Owners, OwnersError, key_line, make_key
 from server.settings import Settings
+from server.store.store import Store
 from tests.fixtures.server import Server, headwater, serving
 
 COMPLETIONS = "/v1/completions"
@@ -78,9 +80,10 @@ def assert_refused(response: httpx.Response) -> str:
 # ----------------------------------------------------------------------------- who is let in
 
 
-def every_route(tiny_model: Path) -> list[tuple[str, str]]:
+def every_route(tiny_model: Path, folder: Path) -> list[tuple[str, str]]:
     """(method, path) of all routes of the app, those that are in no schema as well."""
-    app = create_app(Settings(), resolve(str(tiny_model)), Owners(SECRET))
+    with contextlib.closing(Store.open(None, folder)) as store:
+        app = create_app(Settings(), resolve(str(tiny_model)), Owners(SECRET), store)
     found = []
     todo: list[Any] = list(app.routes)
     while todo:
@@ -94,8 +97,10 @@ def every_route(tiny_model: Path) -> list[tuple[str, str]]:
     return found
 
 
-def test_every_route_but_the_open_ones_needs_a_key(tiny_model: Path, guarded: Server) -> None:
-    routes = every_route(tiny_model)
+def test_every_route_but_the_open_ones_needs_a_key(
+    tiny_model: Path, tmp_path: Path, guarded: Server
+) -> None:
+    routes = every_route(tiny_model, tmp_path)
     paths = {path for _, path in routes}
     assert paths > OPEN_PATHS and {"/openapi.json", "/metrics", COMPLETIONS, "/tokenize"} < paths
     for method, path in routes:

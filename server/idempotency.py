@@ -1,0 +1,136 @@
+"""Idempotency keys: a request that is sent twice is done once.
+
+A key belongs to its owner. The first request with it does the work, the others wait for what it
+made and answer with that; one that fails leaves the key free. What is durable remembers its key in
+the store, in the transaction that makes it, so that it holds across a restart of the server too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from server.errors import IdempotencyConflict, InvalidRequest
+from server.generation import Done, Generation
+from server.owners import Owner
+from server.store.records import IdempotencyRecord
+from server.store.store import Store
+
+MAX_KEY_CHARACTERS = 255
+MAX_ENTRIES = 4096
+
+Made = str | list[Generation]
+"""What a request made: the id of something stored, or generations that are in memory only."""
+
+
+@dataclass(slots=True)
+class Once:
+    """`made`: what an earlier request with this key made; answer with that. Else do the work, with
+    `record` going into the store if it is durable, and set `made`."""
+
+    made: Made | None = None
+    record: IdempotencyRecord | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    body_hash: str
+    created: float
+    made: asyncio.Future[Made | None]
+
+
+class Idempotency:
+    """The keys of the last `retention` seconds."""
+
+    def __init__(self, store: Store, retention: float) -> None:
+        self._store = store
+        self._retention = retention
+        self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
+
+    @contextlib.asynccontextmanager
+    async def once(self, request: Request, owner: Owner) -> AsyncIterator[Once]:
+        """Around the work of a request. Raises IdempotencyConflict for a key with another body."""
+        key = request.headers.get("idempotency-key")
+        if key is None:
+            yield Once()
+            return
+        if not 1 <= len(key) <= MAX_KEY_CHARACTERS:
+            raise InvalidRequest(
+                f"`Idempotency-Key` must have 1 to {MAX_KEY_CHARACTERS} characters, got {len(key)}",
+                param="Idempotency-Key",
+            )
+        body = await request.body()
+        head = f"{request.method} {request.scope['path']}\n".encode()
+        body_hash = hashlib.sha256(head + body).hexdigest()
+        made = await self._earlier(owner.name, key, body_hash)
+        if made is not None:
+            yield Once(made)
+            return
+        entry = self._entries[owner.name, key]
+        once = Once(
+            record=IdempotencyRecord(
+                owner=owner.name, key=key, body_hash=body_hash, target="", created_at=time.time()
+            )
+        )
+        try:
+            yield once
+        finally:
+            if once.made is None:
+                del self._entries[owner.name, key]
+            entry.made.set_result(once.made)
+
+    async def _earlier(self, owner: str, key: str, body_hash: str) -> Made | None:
+        """What the key stands for; None when it is now this request's, with an open entry."""
+        self._forget_old()
+        while True:
+            entry = self._entries.get((owner, key))
+            if entry is None:
+                entry = _Entry(body_hash, time.time(), asyncio.get_running_loop().create_future())
+                self._entries[owner, key] = entry
+                stored = await self._stored(owner, key)
+                if stored is None:
+                    return None
+                entry.body_hash = stored.body_hash
+                entry.made.set_result(stored.target)
+            if entry.body_hash != body_hash:
+                raise IdempotencyConflict(
+                    "this `Idempotency-Key` was used with another request; take a new key for each"
+                )
+            made = await asyncio.shield(entry.made)
+            if made is not None and not _cancelled(made):
+                return made
+            if self._entries.get((owner, key)) is entry:
+                del self._entries[owner, key]
+
+    async def _stored(self, owner: str, key: str) -> IdempotencyRecord | None:
+        try:
+            stored = await self._store.idempotent(owner, key)
+        except BaseException:
+            self._entries.pop((owner, key)).made.set_result(None)
+            raise
+        if stored is None or stored.created_at < time.time() - self._retention:
+            return None
+        return stored
+
+    def _forget_old(self) -> None:
+        oldest = time.time() - self._retention
+        while self._entries:
+            slot, entry = next(iter(self._entries.items()))
+            if not entry.made.done():
+                return
+            if entry.created >= oldest and len(self._entries) < MAX_ENTRIES:
+                return
+            del self._entries[slot]
+
+
+def _cancelled(made: Made) -> bool:
+    """Whether the first request's client left, and nothing came of it."""
+    return isinstance(made, list) and any(
+        isinstance(g.outcome, Done) and g.outcome.finish_reason == "abort" for g in made
+    )

@@ -1,0 +1,644 @@
+"""Sessions: trees of turns over token ids, and the one generation at a time that each may have.
+
+A turn is acknowledged when it is stored. Its tokens are the truth: what was sampled stays as it was
+sampled, and a new turn's prompt appends to the tokens that are there. Forking, rewinding and
+editing are then nothing but paths through a tree, and the KV cache finds what they share by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+
+from model.engine.messages import ModelInfo
+from model.engine.request import SamplingParams
+from server.engine_client import EngineClient
+from server.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    NotFound,
+    SessionBusy,
+)
+from server.generation import Durable, Generation, read
+from server.generations import Generations
+from server.journal import Journal
+from server.owners import Owner
+from server.prompt import off_loop, room_for_answer
+from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
+from server.store.store import Store
+from server.text.chat_template import ChatTemplate, TemplateError
+from server.text.detokenizer import shown_text
+from server.text.history import Extension, drop_oldest, extend, path_token_ids
+from server.text.tokenizer import Tokenizer
+
+OnBusy = Literal["error", "queue", "cancel_previous"]
+MIN_ANSWER_TOKENS = 16  # what an answer of no stated length must have room for before turns go
+MAX_QUEUED_TURNS = 64
+
+
+@dataclass(slots=True, frozen=True)
+class Wish:
+    """How an answer is to be drawn: `params` gives the parameters for a number of max_tokens, which
+    is `max_tokens`, or where that is None all that there is room for."""
+
+    params: Callable[[int], SamplingParams]
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Line:
+    """Those who change one session, one after the other."""
+
+    lock: asyncio.Lock
+    waiting: int = 0
+
+
+class Sessions:
+    """The sessions of all owners; every method takes the caller, and finds nobody else's."""
+
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        generations: Generations,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+    ) -> None:
+        self._store = store
+        self._journal = journal
+        self._generations = generations
+        self._client = client
+        self._tokenizer = tokenizer
+        self._template = template
+        self._lines: dict[str, Line] = {}
+        self.fingerprint = f"{tokenizer.fingerprint[:32]}-{template.fingerprint[:32]}"
+
+    # -------------------------------------------------------------------------------- reading
+
+    async def get(self, owner: Owner, id: str) -> SessionRecord:
+        """Raises NotFound, also for somebody else's."""
+        record = await self._store.session(owner.name, id)
+        if record is None:
+            raise NotFound(f"there is no session {id[:64]!r}")
+        return record
+
+    async def path(self, session: SessionRecord, turn_id: str | None) -> list[TurnRecord]:
+        """The turns from the root to `turn_id`. Raises NotFound."""
+        if turn_id is None:
+            return []
+        path = await self._store.path(session.id, turn_id)
+        if not path:
+            raise NotFound(f"the session {session.id} has no turn {turn_id[:64]!r}")
+        return path
+
+    def generating(self, session_id: str) -> Generation | None:
+        """The session's running generation."""
+        return next(
+            (
+                g
+                for g in self._generations.live
+                if g.durable is not None and g.durable.session == session_id
+            ),
+            None,
+        )
+
+    # ------------------------------------------------------------------------------- changing
+
+    async def append(
+        self,
+        owner: Owner,
+        session_id: str,
+        messages: Sequence[dict[str, Any]],
+        wish: Wish,
+        *,
+        parent: str | Literal[False] | None = False,
+        answer: bool = True,
+        on_busy: OnBusy = "error",
+        idempotency: IdempotencyRecord | None = None,
+    ) -> tuple[TurnRecord, Generation | None]:
+        """Add turns after `parent` (None: the root; False: the head), and answer them. Returns the
+        last turn, and the generation that writes it."""
+        async with self._free(owner, session_id, on_busy) as session:
+            path = await self.path(session, session.head if parent is False else parent)
+            model = self._client.check_ready() if answer else None
+            extension = await self._extend(session, path, messages, model, wish.max_tokens)
+            turns = self._new_turns(session, path, messages, extension)
+            if model is None:
+                return await self._add(session, turns, idempotency), None
+            params = self._params(model, session, wish, len(extension.prompt_token_ids))
+            last = turns[-1] if turns else path[-1]
+            return await self._answer(
+                owner,
+                session,
+                turns,
+                self._new_answer(session, last, extension, path),
+                extension.prompt_token_ids,
+                params,
+                wish.stop,
+                idempotency=idempotency,
+            )
+
+    async def regenerate(
+        self,
+        owner: Owner,
+        session_id: str,
+        turn_id: str | None,
+        wish: Wish,
+        *,
+        on_busy: OnBusy = "error",
+        idempotency: IdempotencyRecord | None = None,
+    ) -> tuple[TurnRecord, Generation]:
+        """Another answer beside `turn_id` (the head), or to it where it is no answer."""
+        async with self._free(owner, session_id, on_busy) as session:
+            path = await self.path(session, turn_id or session.head)
+            if path and path[-1].role == "assistant":
+                path = path[:-1]
+            if not path:
+                raise InvalidRequest("there is nothing to answer: the session has no turn yet")
+            model = self._client.check_ready()
+            extension = await self._extend(session, path, [], model, wish.max_tokens)
+            params = self._params(model, session, wish, len(extension.prompt_token_ids))
+            return await self._answer(
+                owner,
+                session,
+                [],
+                self._new_answer(session, path[-1], extension, path),
+                extension.prompt_token_ids,
+                params,
+                wish.stop,
+                idempotency=idempotency,
+            )
+
+    async def resume(
+        self,
+        owner: Owner,
+        session_id: str,
+        *,
+        max_tokens: int | None,
+        on_busy: OnBusy = "error",
+        idempotency: IdempotencyRecord | None = None,
+    ) -> tuple[TurnRecord, Generation]:
+        """Go on with the head, an answer that did not come to its end: the same seed, the same
+        parameters, and so the tokens that it would have had."""
+        async with self._free(owner, session_id, on_busy) as session:
+            path = await self.path(session, session.head)
+            if not path or path[-1].role != "assistant":
+                raise InvalidRequest("the session's head is no answer that could be continued")
+            turn = path[-1]
+            if turn.status == "complete" and turn.finish_reason != "length":
+                raise InvalidRequest(
+                    "the session's last answer came to its end; append a turn, or regenerate it"
+                )
+            if turn.tokenizer != self.fingerprint:
+                raise InvalidRequest(
+                    "the answer was begun with another model; append a turn, or regenerate it"
+                )
+            model = self._client.check_ready()
+            prompt = _without_own(path)
+            num_before = len(prompt) + len(turn.token_ids)
+            room = room_for_answer(model, num_before, max_tokens, param="max_tokens")
+            params = msgspec.convert(turn.notes["params"], SamplingParams)
+            params = msgspec.structs.replace(params, max_tokens=len(turn.token_ids) + room)
+            turn.status = "running"
+            return await self._answer(
+                owner,
+                session,
+                [],
+                turn,
+                prompt,
+                params,
+                turn.notes["stop"],
+                resumed=list(turn.token_ids),
+                idempotency=idempotency,
+            )
+
+    async def set_head(self, owner: Owner, session_id: str, turn_id: str) -> None:
+        """Rewind, or switch to another branch."""
+        async with self._free(owner, session_id, "error") as session:
+            await self.path(session, turn_id)
+            await self._store.update_session(session.id, head=turn_id, updated_at=time.time())
+
+    async def delete(self, owner: Owner, session_id: str) -> None:
+        """The session, its logs, and its KV in every tier that no other session uses."""
+        session = await self.get(owner, session_id)
+        running = self.generating(session.id)
+        keys = await self._computed_blocks(owner, session)
+        dropped = await self._store.delete_session(owner.name, session.id, keys)
+        if dropped is None:
+            raise NotFound(f"there is no session {session_id[:64]!r}")
+        if running is not None:
+            self._generations.cancel(running)
+        self._client.forget(dropped)
+        self._lines.pop(session.id, None)
+
+    async def fork(
+        self,
+        owner: Owner,
+        session_id: str,
+        at: str | None,
+        token: int | None,
+        replace: int | None,
+        idempotency: IdempotencyRecord | None = None,
+    ) -> SessionRecord:
+        """A new session with the path to `at` (the head). With `token`, that answer is cut after so
+        many tokens, and `replace` is the next one."""
+        session = await self.get(owner, session_id)
+        path = await self.path(session, at or session.head)
+        if path and path[-1].status == "running":
+            raise _busy(session.id, self.generating(session.id))
+        turns = self._copies(path)
+        if token is not None:
+            if not turns or turns[-1].role != "assistant":
+                raise InvalidRequest("`token` cuts an answer; `at` is none", param="token")
+            self._cut(turns[-1], token, replace)
+        elif replace is not None:
+            raise InvalidRequest("`replace` needs `token`, its place", param="replace")
+        now = time.time()
+        fork = SessionRecord(
+            id=f"sess_{secrets.token_hex(16)}",
+            owner=owner.name,
+            title=session.title,
+            instructions=session.instructions,
+            metadata=session.metadata,
+            defaults=session.defaults,
+            overflow=session.overflow,
+            head=turns[-1].id if turns else None,
+            created_at=now,
+            updated_at=now,
+        )
+        for turn in turns:
+            turn.session = fork.id
+        if idempotency is not None:
+            idempotency.target = fork.id
+        await self._store.copy_path(turns, fork, session.id, idempotency)
+        return fork
+
+    # ---------------------------------------------------------------------------------- cache
+
+    async def cache(self, owner: Owner, session_id: str) -> dict[str, Any]:
+        """Where the KV of the head's path is, and why its last answer found no more of it."""
+        session = await self.get(owner, session_id)
+        path = await self.path(session, session.head)
+        tokens = path_token_ids(path)
+        size = self._client.check_ready().block_size
+        states = await self._client.cached_blocks(tokens, owner.salt) if tokens else []
+        tiers = {"device": 0, "host": 0, "disk": 0}
+        blocks = []
+        for i, state in enumerate(states):
+            tier = "device" if state.device else "disk" if state.disk else "none"
+            if tier != "none":
+                tiers[tier] += size
+            blocks.append(
+                {
+                    "index": i,
+                    "start": i * size,
+                    "end": (i + 1) * size,
+                    "tier": tier,
+                    "device": state.device,
+                    "disk": state.disk,
+                }
+            )
+        return {
+            "object": "session.cache",
+            "session": session.id,
+            "head": session.head,
+            "tokens": len(tokens),
+            "block_size": size,
+            "tiers": {**tiers, "none": len(tokens) - sum(tiers.values())},
+            "on_disk": sum(size for state in states if state.disk),
+            "blocks": blocks,
+            "last_turn": _last_answer_report(path),
+        }
+
+    async def _computed_blocks(self, owner: Owner, session: SessionRecord) -> list[bytes]:
+        """The keys of all blocks that the session's branches can have, while an engine can tell;
+        the store knows those of the answers that ended."""
+        if not self._client.has_engine:
+            return []
+        turns = {turn.id: turn for turn in await self._store.turns(session.id)}
+        inner = {turn.parent for turn in turns.values()}
+        keys: list[bytes] = []
+        for leaf in turns.keys() - inner:
+            path = []
+            at: str | None = leaf
+            while at is not None:
+                path.append(turns[at])
+                at = turns[at].parent
+            with contextlib.suppress(Exception):
+                tokens = path_token_ids(path[::-1])
+                states = await self._client.cached_blocks(tokens, owner.salt)
+                keys += [state.key for state in states]
+        return keys
+
+    # -------------------------------------------------------------------------------- details
+
+    @contextlib.asynccontextmanager
+    async def _free(
+        self, owner: Owner, session_id: str, on_busy: OnBusy
+    ) -> AsyncIterator[SessionRecord]:
+        """The session, while nothing runs in it and nobody else changes it."""
+        await self.get(owner, session_id)
+        running = self.generating(session_id)
+        if running is not None and on_busy == "error":
+            raise _busy(session_id, running)
+        line = self._lines.setdefault(session_id, Line(asyncio.Lock()))
+        if line.waiting >= MAX_QUEUED_TURNS:
+            raise _busy(session_id, running)
+        line.waiting += 1
+        try:
+            async with line.lock:
+                while (running := self.generating(session_id)) is not None:
+                    if on_busy == "error":
+                        raise _busy(session_id, running)
+                    if on_busy == "cancel_previous":
+                        self._generations.cancel(running)
+                    async for _ in read([running], 0):
+                        pass
+                yield await self.get(owner, session_id)
+        finally:
+            line.waiting -= 1
+            if line.waiting == 0:
+                self._lines.pop(session_id, None)
+
+    async def _extend(
+        self,
+        session: SessionRecord,
+        path: list[TurnRecord],
+        messages: Sequence[dict[str, Any]],
+        model: ModelInfo | None,
+        max_tokens: int | None,
+    ) -> Extension:
+        """The tokens of what is new, under the session's rule for what does not fit."""
+
+        def tokens(dropped: int) -> Extension:
+            return extend(
+                self._tokenizer,
+                self._template,
+                path,
+                messages,
+                instructions=session.instructions,
+                fingerprint=self.fingerprint,
+                answer=model is not None,
+                dropped=dropped,
+            )
+
+        size = sum(len(m["content"]) for m in messages) + 16 * len(path)
+        try:
+            extension = await off_loop(size, lambda: tokens(0))
+            if model is None or session.overflow == "error":
+                return extension
+            wanted = max_tokens or MIN_ANSWER_TOKENS
+            if len(extension.prompt_token_ids) + wanted <= model.max_model_len:
+                return extension
+            new = len(extension.prompt_token_ids) - len(extension.history) + wanted
+            new += len(self._tokenizer.encode(session.instructions or ""))
+            dropped = drop_oldest(path, new, model.max_model_len)
+            while True:  # the sizes that it goes by are of another rendering
+                extension = await off_loop(size, partial(tokens, dropped))
+                left = len(extension.prompt_token_ids) + wanted <= model.max_model_len
+                if left or dropped >= len(path):
+                    return extension
+                dropped += 1
+                while dropped < len(path) and path[dropped].role != "user":
+                    dropped += 1
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="input"
+            ) from None
+
+    def _params(
+        self,
+        model: ModelInfo,
+        session: SessionRecord,
+        wish: Wish,
+        num_prompt_tokens: int,
+    ) -> SamplingParams:
+        try:
+            room = room_for_answer(model, num_prompt_tokens, wish.max_tokens, param="input")
+        except ContextLengthExceeded as error:
+            if session.overflow == "error":
+                error.message += "; or set the session's `overflow` to `drop_oldest`"
+            raise
+        return wish.params(room)
+
+    def _new_turns(
+        self,
+        session: SessionRecord,
+        path: list[TurnRecord],
+        messages: Sequence[dict[str, Any]],
+        extension: Extension,
+    ) -> list[TurnRecord]:
+        turns: list[TurnRecord] = []
+        parent = path[-1].id if path else None
+        for message, (before, own) in zip(messages, extension.turns, strict=True):
+            turn = TurnRecord(
+                id=f"turn_{secrets.token_hex(16)}",
+                session=session.id,
+                parent=parent,
+                role=message["role"],
+                content=[{"type": "text", "text": message["content"]}],
+                prompt_token_ids=before,
+                token_ids=own,
+                replaces_history=extension.replaces_history and not turns,
+                tokenizer=self.fingerprint,
+                created_at=time.time(),
+            )
+            if turn.replaces_history:
+                turn.notes = _rewrite_notes(extension)
+            turns.append(turn)
+            parent = turn.id
+        return turns
+
+    def _new_answer(
+        self,
+        session: SessionRecord,
+        parent: TurnRecord,
+        extension: Extension,
+        path: list[TurnRecord],
+    ) -> TurnRecord:
+        anew = extension.replaces_history and not extension.turns
+        notes: dict[str, Any] = {"history_tokens": _computed_tokens(path)}
+        if anew or extension.rewrite is not None:
+            notes |= _rewrite_notes(extension)
+        return TurnRecord(
+            id=f"turn_{secrets.token_hex(16)}",
+            session=session.id,
+            parent=parent.id,
+            role="assistant",
+            prompt_token_ids=extension.generation_prompt,
+            replaces_history=anew,
+            status="running",
+            tokenizer=self.fingerprint,
+            notes=notes,
+            created_at=time.time(),
+        )
+
+    async def _add(
+        self,
+        session: SessionRecord,
+        turns: list[TurnRecord],
+        idempotency: IdempotencyRecord | None,
+    ) -> TurnRecord:
+        last = turns[-1]
+        if idempotency is not None:
+            idempotency.target = f"{session.id}/{last.id}"
+        await self._store.begin(
+            turns,
+            None,
+            head=(session.id, last.id),
+            updated_at=time.time(),
+            idempotency=idempotency,
+        )
+        return last
+
+    async def _answer(
+        self,
+        owner: Owner,
+        session: SessionRecord,
+        turns: list[TurnRecord],
+        turn: TurnRecord,
+        prompt: list[int],
+        params: SamplingParams,
+        stop: Sequence[str],
+        *,
+        resumed: Sequence[int] | None = None,
+        idempotency: IdempotencyRecord | None = None,
+    ) -> tuple[TurnRecord, Generation]:
+        """Store the turns and the generation that answers them, then run it."""
+        self._generations.check_room(owner)
+        generation = self._generations.make(
+            prompt,
+            params,
+            owner=owner,
+            stop=stop,
+            resumed_token_ids=resumed or (),
+            durable=Durable("turn", session.id, turn),
+        )
+        turn.generation = generation.id
+        turn.notes |= {"params": msgspec.to_builtins(params), "stop": list(stop)}
+        if idempotency is not None:
+            idempotency.target = generation.id
+        await self._store.begin(
+            [*turns, turn] if resumed is None else [],
+            self._journal.record(generation),
+            head=(session.id, turn.id),
+            updated_at=time.time(),
+            idempotency=idempotency,
+            reopened=None if resumed is None else turn,
+        )
+        self._generations.submit(generation)
+        return turn, generation
+
+    def _copies(self, path: Sequence[TurnRecord]) -> list[TurnRecord]:
+        parent: str | None = None
+        copies = []
+        for turn in path:
+            copy = TurnRecord(
+                id=f"turn_{secrets.token_hex(16)}",
+                session=turn.session,
+                parent=parent,
+                role=turn.role,
+                content=turn.content,
+                prompt_token_ids=turn.prompt_token_ids,
+                token_ids=turn.token_ids,
+                replaces_history=turn.replaces_history,
+                status=turn.status,
+                finish_reason=turn.finish_reason,
+                tokenizer=turn.tokenizer,
+                notes=dict(turn.notes),
+                created_at=turn.created_at,
+            )
+            copies.append(copy)
+            parent = copy.id
+        return copies
+
+    def _cut(self, turn: TurnRecord, token: int, replace: int | None) -> None:
+        if not 0 <= token <= len(turn.token_ids):
+            raise InvalidRequest(
+                f"`token` must be from 0 to {len(turn.token_ids)}, the length of the answer",
+                param="token",
+            )
+        if turn.tokenizer != self.fingerprint:
+            raise InvalidRequest(
+                "the answer was made with another model; its tokens cannot be cut", param="token"
+            )
+        turn.token_ids = turn.token_ids[:token]
+        turn.status, turn.finish_reason = "interrupted", None
+        if replace is not None:
+            model = self._client.model
+            if model is not None and replace >= model.vocab_size:
+                raise InvalidRequest(
+                    f"`replace` must be a token id below {model.vocab_size}", param="replace"
+                )
+            turn.token_ids = [*turn.token_ids, replace]
+            if replace in self._tokenizer.eos_token_ids:
+                turn.status, turn.finish_reason = "complete", "stop"
+        text = shown_text(self._tokenizer.token_bytes, turn.token_ids)
+        turn.content = [{"type": "text", "text": text}]
+
+
+def _without_own(path: Sequence[TurnRecord]) -> list[int]:
+    """The path's tokens without those of its last turn's own."""
+    tokens = path_token_ids(path)
+    return tokens[: len(tokens) - len(path[-1].token_ids)]
+
+
+def _computed_tokens(path: Sequence[TurnRecord]) -> int:
+    """How many of the path's tokens an engine of this server has seen: those up to the end of the
+    last answer that was made here."""
+    made = [i for i, turn in enumerate(path) if "cached_tokens" in turn.notes]
+    return len(path_token_ids(path[: made[-1] + 1])) if made else 0
+
+
+def _rewrite_notes(extension: Extension) -> dict[str, Any]:
+    notes: dict[str, Any] = {"dropped": extension.dropped} if extension.dropped else {}
+    if extension.rewrite is not None:
+        notes["rewrite"] = {
+            "reason": extension.rewrite.reason,
+            "token": extension.rewrite.token,
+            "before": extension.rewrite.before,
+            "after": extension.rewrite.after,
+        }
+    return notes
+
+
+def _last_answer_report(path: Sequence[TurnRecord]) -> dict[str, Any] | None:
+    """What the path's last answer found in the cache, and why it found no more."""
+    answer = next((turn for turn in reversed(path) if "cached_tokens" in turn.notes), None)
+    if answer is None:
+        return None
+    notes = answer.notes
+    report: dict[str, Any] = {
+        "turn": answer.id,
+        "prompt_tokens": notes["prompt_tokens"],
+        "cached_tokens": notes["cached_tokens"],
+        "expected_tokens": notes["expected_tokens"],
+        "miss": None,
+    }
+    if "rewrite" in notes:
+        report["miss"] = notes["rewrite"]
+    elif sum(notes["cached_tokens"].values()) < notes["expected_tokens"]:
+        corrupt = notes.get("corrupt_blocks", 0) > 0
+        report["miss"] = {
+            "reason": "corrupt" if corrupt else "evicted",
+            "token": sum(notes["cached_tokens"].values()),
+        }
+    return report
+
+
+def _busy(session_id: str, running: Generation | None) -> SessionBusy:
+    name = "an answer" if running is None else running.id
+    return SessionBusy(
+        f"the session {session_id} is busy with {name}; wait for its end, cancel it, or send "
+        '`on_busy`: "queue" or "cancel_previous"'
+    )
