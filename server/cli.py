@@ -1,10 +1,11 @@
-"""headwater serve | pull | run | bench | key | doctor"""
+"""headwater serve | pull | run | resume | bench | key | doctor"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -308,6 +309,25 @@ def bench(
                 api_key=api_key,
             )
         )
+
+
+@app.command()
+def resume(
+    generation: Annotated[str, typer.Argument(help="its id, as the answer's header named it")],
+    url: Annotated[str, typer.Option(help="the server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HEADWATER_API_KEY", help="where the server asks for one")
+    ] = None,
+) -> None:
+    """Attach to a running or finished stream: its text to stdout, from the start to the end.
+
+    Exit codes: 0 done, 1 error, 75 the server cannot be reached."""
+    from server.resume import follow
+
+    with _explained():
+        if not re.fullmatch(r"gen_[0-9a-f]{32}", generation):
+            raise Fault(f"a generation is named gen_ and 32 digits, got {generation!r}", code=2)
+        raise typer.Exit(follow(url, generation, api_key))
 
 
 @app.command()

@@ -82,13 +82,15 @@ class Timings:
 
 @dataclass(slots=True)
 class Durable:
-    """What makes a generation outlive the process: what it is for, and how far its log is stored.
+    """What makes a generation's log outlive the process: what it is for, and how far it is stored.
     `turn` is the answer that it writes, in a session."""
 
     kind: GenerationKind
     session: str | None = None
     turn: TurnRecord | None = None
-    num_logged: int = 0
+    num_logged: int = 0  # tokens that are on their way to the store
+    num_stored: int = 0
+    waits: bool = False  # tokens are shown once they are stored
 
 
 @dataclass(eq=False)
@@ -108,6 +110,9 @@ class Generation:
     resumed_token_ids: list[int] = field(default_factory=list)
     durable: Durable | None = None
     created_at: float = field(default_factory=time.time)
+    request_id: str = ""
+    """Its name in the engine, another one each time that it is submitted: what is still on its way
+    from the time before is then nobody's."""
     crashes: int = 0
     """Deaths of the engine while this was in it, without a step forward in between."""
     timings: Timings = field(default_factory=Timings)
@@ -134,6 +139,7 @@ class Generation:
     _drawn_logprobs: list[TokenLogprob] = field(default_factory=list)
     _num_replayed: int = 0
     _held_text: str = ""
+    _owed_text: str = ""
     _closing: Done | Failed | None = None
     _end: Done | Failed | None = None
     _listeners: set[asyncio.Event] = field(default_factory=set)
@@ -143,6 +149,8 @@ class Generation:
         for token_id in self.resumed_token_ids:
             self._detokenizer.feed(token_id)
         self._num_owed = self._detokenizer.num_held_tokens
+        self._num_released = len(self._detokenizer.released_ends)
+        self._held_start = self._detokenizer.num_shown
 
     def _new_detokenizer(self) -> Detokenizer:
         return Detokenizer(
@@ -154,6 +162,8 @@ class Generation:
 
     @property
     def admitted(self) -> bool:
+        if self.stored_counts is not None:
+            return bool(self.stored_counts["completion_tokens"])
         return self.timings.admitted > 0
 
     @property
@@ -179,6 +189,11 @@ class Generation:
         return self._end
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it."""
+        return self._detokenizer.stopped
+
+    @property
     def outcome(self) -> Done | Failed | None:
         """How it ended; None while it runs."""
         return self._end
@@ -197,6 +212,8 @@ class Generation:
         """The text of the answer that this is the end of: the resumed tokens' and its own."""
         before = self._new_detokenizer()
         shown = [before.feed(token_id).text for token_id in self.resumed_token_ids]
+        if not self.pieces:
+            shown.append(before.finish(half=False).text)
         return "".join(shown) + self.text
 
     def counts(self) -> dict[str, Any]:
@@ -241,7 +258,7 @@ class Generation:
             return
         match output.finish_reason:
             case None:
-                self._wake()
+                self.wake()
             case "stop" | "length":
                 self._flush(output.finish_reason)
             case _:
@@ -252,7 +269,7 @@ class Generation:
         if self.closing:
             return
         self._held_text += self._detokenizer.finish(half=False).text
-        self._release(len(self.drawn_token_ids) - len(self.token_ids) + self._num_owed)
+        self._release_all()
         self.close(Done("abort"))
 
     def close(self, event: Done | Failed) -> None:
@@ -264,13 +281,13 @@ class Generation:
     def publish(self, event: Done | Failed) -> None:
         """Show the end to the readers."""
         self._closing = self._end = event
-        self._wake()
+        self.wake()
 
     def pause(self) -> None:
         """The engine is gone, and another one will go on with this."""
         self.pauses += 1
         self.prompt_logprobs = []  # they come again
-        self._wake()
+        self.wake()
 
     def replay(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         """Take over what an earlier process logged of this generation."""
@@ -278,6 +295,15 @@ class Generation:
             self._append(TokenOutput(self.id, token_ids=list(token_ids), logprobs=list(logprobs)))
         self.timings = Timings()
         self._num_replayed = len(token_ids)
+
+    def restore(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], *, half: bool
+    ) -> None:
+        """Take over the whole log of one that ended. It must have no stop strings: what they cut
+        off is no part of its log. `half`: show U+FFFD for half a character at the end."""
+        self.replay(token_ids, logprobs)
+        self._held_text += self._detokenizer.finish(half=half).text
+        self._release_all()
 
     def _note(self, output: TokenOutput) -> None:
         if output.num_reused_tokens >= 0 and not self.admitted:
@@ -302,45 +328,62 @@ class Generation:
         for token_id in output.token_ids[:num_shown]:
             delta = self._detokenizer.feed(token_id)
             self._held_text += delta.text
-            self._release(delta.num_tokens)
+            self._release()
             if self._detokenizer.stopped is not None:
                 self._spell_out()
                 self.close(Done("stop"))
                 return True
         return False
 
-    def _release(self, num_tokens: int) -> None:
-        """Move that many drawn tokens into the log; the last of them completes the held text."""
-        owed = min(self._num_owed, num_tokens)  # tokens of the generation before this one
-        self._num_owed -= owed
-        num_tokens -= owed
-        if num_tokens <= 0:
-            return
-        start = len(self.token_ids)
-        self.token_ids += self.drawn_token_ids[start : start + num_tokens]
-        self.logprobs += self._drawn_logprobs[start : start + num_tokens]
-        self.pieces += [""] * (num_tokens - 1) + [self._held_text]
-        self._held_text = ""
+    def _release(self) -> None:
+        """Move the drawn tokens that are wholly shown into the log, each with the text up to its
+        end, so that what is shown after a token does not depend on what came after it."""
+        ends = self._detokenizer.released_ends[self._num_released :]
+        self._num_released += len(ends)
+        for end in ends:
+            num_characters = max(end - self._held_start, 0)
+            text = self._held_text[:num_characters]
+            self._held_text = self._held_text[num_characters:]
+            self._held_start += num_characters
+            if self._num_owed:  # a token of the generation before this one
+                self._num_owed -= 1
+                self._owed_text += text
+            else:
+                self._log(text)
+
+    def _release_all(self, num_ends: int = 0) -> None:
+        """Move all drawn tokens but the last `num_ends` into the log, and all text."""
+        self._release()
+        while len(self.token_ids) < len(self.drawn_token_ids) - num_ends:
+            self._log("")
+        if self.pieces:
+            self.pieces[-1] += self._held_text
+
+    def _log(self, piece: str) -> None:
+        at = len(self.token_ids)
+        self.token_ids.append(self.drawn_token_ids[at])
+        self.logprobs += self._drawn_logprobs[at : at + 1]
+        self.pieces.append(self._owed_text + piece)
+        self._owed_text = ""
 
     def _spell_out(self) -> None:
         """Text is left that no whole token shows: the part of one before a stop string."""
         if self._held_text:
             ids = self.tokenizer.encode(self._held_text, special=False, continues=True)
             self.token_ids += ids
-            self.pieces += [""] * (len(ids) - 1) + [self._held_text]
-            self._held_text = ""
+            self.pieces += [""] * (len(ids) - 1) + [self._owed_text + self._held_text]
+            self._held_text = self._owed_text = ""
 
     def _flush(self, reason: Literal["stop", "length"]) -> None:
         delta = self._detokenizer.finish()
         self._held_text += delta.text
         if self._detokenizer.stopped is not None:  # the last character completed a stop string
-            self._release(delta.num_tokens)
+            self._release()
             self._spell_out()
             self.close(Done("stop"))
             return
         num_ends = int(reason == "stop")
-        self._release(len(self.drawn_token_ids) - len(self.token_ids) - num_ends + self._num_owed)
-        self._spell_out()
+        self._release_all(num_ends)
         self.end_token_ids = self.drawn_token_ids[-1:] if num_ends else []
         self.close(Done(reason))
 
@@ -353,10 +396,12 @@ class Generation:
     def delta(self, start: int) -> Delta | None:
         """The log from `start` tokens on; None where nothing is new."""
         end = len(self.token_ids)
+        if self.durable is not None and self.durable.waits and not self.ended:
+            end = min(end, self.durable.num_stored)
         if start >= end:
             return None
-        text = "".join(self.pieces[start:])
-        return Delta(text, self.token_ids[start:], self.logprobs[start:], end)
+        text = "".join(self.pieces[start:end])
+        return Delta(text, self.token_ids[start:end], self.logprobs[start:end], end)
 
     def listen(self, listener: asyncio.Event) -> None:
         """Set `listener` whenever there is news, and now."""
@@ -366,7 +411,8 @@ class Generation:
     def unlisten(self, listener: asyncio.Event) -> None:
         self._listeners.discard(listener)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let the readers look for news."""
         for listener in self._listeners:
             listener.set()
 

@@ -72,9 +72,9 @@ class Generations:
         self._capacity = max_num_seqs + max_queue
         self._live: dict[str, Generation] = {}
         self._mean_seconds = 1.0  # how long a generation takes, for Retry-After
-        self._suspect: Generation | None = None  # tried alone
-        self._holding = False  # nothing but the suspect is submitted
+        self._holding = True  # nothing but a suspect is submitted, until an engine has them all
         self._sent_at: dict[str, int] = {}  # output tokens when the engine got it
+        self._num_sent = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.journal: Journal | None = None
         client.on_lost = self.engine_lost
@@ -192,10 +192,11 @@ class Generations:
     # ---------------------------------------------------------------------------------- ending
 
     def leave(self, generations: Iterable[Generation]) -> None:
-        """A reader is gone. Plain generations that nobody else reads are aborted; durable ones go
-        on, and those that ended are left as they are."""
+        """A reader is gone. Plain generations and responses that nobody else reads are aborted;
+        other durable ones go on, and those that ended are left as they are."""
         for generation in generations:
-            if generation.durable is None and not generation.has_readers:
+            goes_on = generation.durable is not None and generation.durable.kind != "response"
+            if not goes_on and not generation.has_readers:
                 self.cancel(generation)
 
     def cancel(self, generation: Generation) -> None:
@@ -209,13 +210,13 @@ class Generations:
         ones stay running, for the next start."""
         for generation in self.live:
             if not generation.closing:
-                self._client.abort([generation.id])
+                self._client.abort([generation.request_id])
                 del self._live[generation.id]
                 generation.publish(Failed(error))
 
     def _ended(self, generation: Generation, event: Done | Failed) -> None:
         # A stop string, or a person, may have ended it here and not in the engine.
-        self._client.abort([generation.id], last_word=generation.durable is not None)
+        self._client.abort([generation.request_id], last_word=generation.durable is not None)
         self._sent_at.pop(generation.id, None)
         seconds = time.monotonic() - generation.timings.submitted
         self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds
@@ -247,12 +248,12 @@ class Generations:
             for generation in open_ones:
                 generation.close(Failed(error))
             return
-        seen = open_ones if self._suspect is None else [self._suspect]
-        for generation in seen:
-            start = self._sent_at.get(generation.id, 0)
-            further = generation.num_output_tokens - start >= CLEARED_AFTER_TOKENS
-            generation.crashes = 1 if further else generation.crashes + 1
+        sent_at, self._sent_at = self._sent_at, {}
         for generation in open_ones:
+            start = sent_at.get(generation.id)
+            if start is not None:  # it was in this engine, which may also have died while it loaded
+                further = generation.num_output_tokens - start >= CLEARED_AFTER_TOKENS
+                generation.crashes = 1 if further else generation.crashes + 1
             generation.pause()
         self._holding = True
 
@@ -280,14 +281,14 @@ class Generations:
                     )
                 )
         while suspect := self._next_suspect():
-            self._suspect = suspect
             self._send(suspect)
             await self._further(suspect)
             if self._client.epoch != epoch:
                 return  # it died; the next engine's turn
-            self._client.abort([suspect.id])  # cleared; it goes on with the others
             suspect.crashes = 0
-        self._suspect = None
+            if not suspect.closing:  # cleared; it goes on with the others
+                self._client.abort([suspect.request_id])
+                self._sent_at.pop(suspect.id, None)
         self._holding = False
         for generation in self.live:
             self._send(generation)
@@ -317,9 +318,11 @@ class Generations:
         if generation.closing or not self._client.has_engine:
             return
         self._sent_at[generation.id] = generation.num_output_tokens
+        self._num_sent += 1
+        generation.request_id = f"{generation.id}-{self._num_sent}"
         self._client.submit(
             Submit(
-                generation.id,
+                generation.request_id,
                 generation.prompt_token_ids,
                 generation.params,
                 output_token_ids=generation.resumed_token_ids + generation.drawn_token_ids,

@@ -28,14 +28,14 @@ from server.store.records import (
     GenerationStatus,
     IdempotencyRecord,
     TokenChunk,
+    TurnRecord,
 )
 from server.store.store import Store
-from server.text.detokenizer import Detokenizer
-from server.text.tokenizer import Tokenizer
 
 log = structlog.get_logger()
 
 FLUSH_SECONDS = 0.25
+FLUSH_SECONDS_WAITED_FOR = 0.02
 RETRY_SECONDS = 1.0
 EXPIRE_SECONDS = 60.0
 EXPIRED_KNOWN_SECONDS = 30 * 86_400.0  # how long one that is asked for is told to have expired
@@ -55,17 +55,19 @@ class Journal:
         store: Store,
         generations: Generations,
         client: EngineClient,
-        tokenizer: Tokenizer,
         owners: Owners,
         *,
+        fingerprint: str,
         retention: float,
+        response_retention: float,
     ) -> None:
         self._store = store
         self._generations = generations
         self._client = client
-        self._tokenizer = tokenizer
         self._owners = owners
+        self._fingerprint = fingerprint  # of the tokenizer: what token ids mean
         self._retention = retention
+        self._response_retention = response_retention
         self._unsaved: list[tuple[Generation, Done | Failed]] = []
         self._task: asyncio.Task[None] | None = None
         self._expired = 0.0
@@ -77,16 +79,21 @@ class Journal:
     async def start(self) -> None:
         """Take up what was running when the server died, and begin to write."""
         for record, token_ids, blobs in await self._store.running():
-            generation = self._make(record)
+            if self._foreign(record):
+                log.warning("generation_of_another_model", generation=record.id)
+                continue
+            generation = self._make(record, record.extra["stop"])
             turn = None
             if record.session is not None and record.turn is not None:
                 turn = await self._store.turn(record.session, record.turn)
-            generation.durable = Durable(
-                record.kind, record.session, turn, num_logged=len(token_ids)
-            )
+            num_logged = len(token_ids)
+            generation.durable = Durable(record.kind, record.session, turn, num_logged, num_logged)
             generation.crashes = record.crashes
             generation.replay(token_ids, [p for blob in blobs for p in _logprobs.decode(blob)])
             self._generations.submit(generation)
+            if record.kind == "response":  # whoever waited for it is gone
+                generation.cancel()
+                continue
             log.info("generation_resumed", generation=record.id, tokens=len(token_ids))
         self._task = asyncio.create_task(self._run(), name="journal")
 
@@ -99,39 +106,57 @@ class Journal:
 
     async def engine_ready(self) -> None:
         """Have the engine forget the blocks of what was deleted while it was down."""
+        for generation in self._generations.live:
+            self._let_wait(generation)
         keys = await self._store.dropped_blocks()
         for i in range(0, len(keys), FORGET_BATCH):
             self._client.forget(keys[i : i + FORGET_BATCH])
 
     async def flush(self) -> None:
         """Store what the logs of the running generations have grown by."""
-        chunks = []
+        grown: list[tuple[Generation, Durable, TokenChunk]] = []
         for generation in self._generations.live:
-            durable = generation.durable
-            if durable is None or generation.closing:
+            durable, end = generation.durable, len(generation.token_ids)
+            if durable is None or generation.closing or end <= durable.num_logged:
                 continue
-            chunk = _rest(generation, durable, generation.token_ids)
-            if chunk is not None:
-                durable.num_logged += len(chunk.token_ids)
-                chunks.append(chunk)
-        if chunks:
-            await self._store.log_tokens(chunks)
+            grown.append((generation, durable, _chunk(generation, durable.num_logged)))
+            durable.num_logged = end
+        if not grown:
+            return
+        try:
+            await self._store.log_tokens([chunk for _, _, chunk in grown])
+        except StoreError:
+            for _, durable, chunk in grown:
+                durable.num_logged = min(durable.num_logged, chunk.position)
+            raise
+        for generation, durable, chunk in grown:
+            durable.num_stored = chunk.position + len(chunk.token_ids)
+            if durable.waits:
+                generation.wake()
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(FLUSH_SECONDS)
+            waits = any(g.durable is not None and g.durable.waits for g in self._generations.live)
+            await asyncio.sleep(FLUSH_SECONDS_WAITED_FOR if waits else FLUSH_SECONDS)
             try:
                 await self.flush()
                 while self._unsaved:
                     await self._save(*self._unsaved[0])
                     del self._unsaved[0]
-                if time.monotonic() - self._expired > EXPIRE_SECONDS:
+                if time.monotonic() - self._expired > min(EXPIRE_SECONDS, self._retention):
                     self._expired = time.monotonic()
                     before = time.time() - self._retention
-                    await self._store.expire(before, before - EXPIRED_KNOWN_SECONDS)
+                    known = max(EXPIRED_KNOWN_SECONDS, self._response_retention)
+                    await self._store.expire(before, before - known)
+                    await self._expire_responses(time.time() - self._response_retention)
             except StoreError as error:
                 log.error("store_failed", reason=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _expire_responses(self, before: float) -> None:
+        for owner, session in await self._store.old_unlisted(before):
+            if not self.owes(session):
+                self._client.forget(await self._store.delete_session(owner, session) or [])
 
     # ------------------------------------------------------------------------- for generations
 
@@ -164,6 +189,7 @@ class Journal:
         """What the store keeps of it, from before its first token."""
         durable = generation.durable
         assert durable is not None
+        self._let_wait(generation)
         return GenerationRecord(
             id=generation.id,
             owner=generation.owner.name,
@@ -173,7 +199,7 @@ class Journal:
             prompt_token_ids=generation.prompt_token_ids,
             resumed_token_ids=generation.resumed_token_ids,
             params=_encoder.encode(generation.params),
-            extra={"stop": list(generation.stop)},
+            extra={"stop": list(generation.stop), "tokenizer": self._fingerprint},
             created_at=generation.created_at,
         )
 
@@ -197,18 +223,27 @@ class Journal:
         except StoreError as error:
             log.error("store_failed", reason=str(error))
 
+    def owes(self, session_id: str) -> bool:
+        """Whether the end of an answer in that session is still to be stored: the store failed."""
+        return any(g.durable and g.durable.session == session_id for g, _ in self._unsaved)
+
     async def load(self, owner: str, generation_id: str) -> Generation | None:
         """One that has ended, as it was, with its log; None where there is none."""
+        for generation, _ in self._unsaved:
+            if generation.id == generation_id and generation.owner.name == owner:
+                return generation
         record = await self._store.generation(owner, generation_id)
-        if record is None or record.usage is None:
+        if record is None or record.usage is None or self._foreign(record):
             return None
         token_ids, blobs = await self._store.generation_log(generation_id)
-        generation = self._make(record)
-        num_ends = record.usage["num_end_tokens"]
-        generation.token_ids = token_ids[: len(token_ids) - num_ends]
-        generation.end_token_ids = token_ids[len(generation.token_ids) :]
-        generation.logprobs = [p for blob in blobs for p in _logprobs.decode(blob)]
-        generation.pieces = self._pieces(record, generation.token_ids)
+        generation = self._make(record, stop=())
+        num_shown = len(token_ids) - record.usage["num_end_tokens"]
+        generation.restore(
+            token_ids[:num_shown],
+            [p for blob in blobs for p in _logprobs.decode(blob)],
+            half=record.finish_reason != "abort",
+        )
+        generation.end_token_ids = token_ids[num_shown:]
         turn = None
         if record.session is not None and record.turn is not None:
             turn = await self._store.turn(record.session, record.turn)
@@ -220,26 +255,27 @@ class Journal:
             generation.publish(msgspec.convert({"finish_reason": record.finish_reason}, Done))
         return generation
 
-    def _make(self, record: GenerationRecord) -> Generation:
+    def _let_wait(self, generation: Generation) -> None:
+        """Where a token that is lost would not come again, it is stored before it is shown."""
+        model = self._client.model
+        if generation.durable is not None and model is not None:
+            generation.durable.waits = not model.reproducible
+
+    def _foreign(self, record: GenerationRecord) -> bool:
+        """Whether its tokens are those of another model than the one that is served."""
+        return bool(record.extra.get("tokenizer") != self._fingerprint)
+
+    def _make(self, record: GenerationRecord, stop: Sequence[str]) -> Generation:
         generation = self._generations.make(
             record.prompt_token_ids,
             _params.decode(record.params),
             owner=self._owners.named(record.owner) if record.owner else self._owners.local,
-            stop=record.extra["stop"],
+            stop=stop,
             resumed_token_ids=record.resumed_token_ids,
         )
         generation.id = record.id
         generation.created_at = record.created_at
         return generation
-
-    def _pieces(self, record: GenerationRecord, token_ids: list[int]) -> list[str]:
-        detokenizer = Detokenizer(self._tokenizer.token_bytes, record.prompt_token_ids)
-        for token_id in record.resumed_token_ids:
-            detokenizer.feed(token_id)
-        pieces = [detokenizer.feed(token_id).text for token_id in token_ids]
-        if pieces:
-            pieces[-1] += detokenizer.finish(half=record.finish_reason != "abort").text
-        return pieces
 
     async def _save(self, generation: Generation, event: Done | Failed) -> None:
         durable = generation.durable
@@ -247,7 +283,6 @@ class Journal:
         if durable.turn is not None:
             model = self._client.model
             _write_turn(generation, event, 1 if model is None else model.block_size)
-        chunk = _rest(generation, durable, generation.output_token_ids)
         status: GenerationStatus = "complete"
         reason, error = "error", None
         if isinstance(event, Failed):
@@ -266,8 +301,9 @@ class Journal:
                 usage=generation.counts(),
                 ended_at=time.time(),
                 turn=durable.turn,
+                head=_new_head(durable.turn, status),
                 blocks=generation.block_keys,
-                chunks=[] if chunk is None else [chunk],
+                chunks=[_chunk(generation, 0)],
             )
         except StoreConflict:  # it was deleted meanwhile, with its session
             if durable.session is not None:
@@ -283,18 +319,22 @@ class Journal:
         self._generations.spawn(done())
 
 
-def _rest(generation: Generation, durable: Durable, token_ids: list[int]) -> TokenChunk | None:
-    """What is not stored yet of the log."""
-    start = durable.num_logged
-    if len(token_ids) <= start:
-        return None
-    logprobs = generation.logprobs[start : len(token_ids)]
+def _chunk(generation: Generation, start: int) -> TokenChunk:
+    """The log from there on."""
+    logprobs = generation.logprobs[start:]
     return TokenChunk(
         generation.id,
         start,
-        token_ids[start:],
+        generation.output_token_ids[start:],
         _encoder.encode(logprobs) if logprobs else None,
     )
+
+
+def _new_head(turn: TurnRecord | None, status: GenerationStatus) -> str | None:
+    """The turn that a conversation goes on from: a response that came to its end."""
+    if turn is None or status != "complete" or "response" not in turn.notes:
+        return None
+    return turn.id if turn.notes["response"]["conversation"] is not None else None
 
 
 def _write_turn(generation: Generation, event: Done | Failed, block_size: int) -> None:
@@ -307,6 +347,7 @@ def _write_turn(generation: Generation, event: Done | Failed, block_size: int) -
     turn.status = "complete" if whole else "interrupted"
     turn.finish_reason = event.finish_reason if isinstance(event, Done) else "error"
     counts = generation.counts()
+    turn.notes["ended_at"] = int(time.time())
     # The last token that is drawn is never computed.
     history = turn.notes.get("history_tokens", 0) - 1
     turn.notes |= {

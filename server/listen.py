@@ -20,6 +20,9 @@ def bind(settings: Settings) -> socket.socket:
     family, address = _address(settings)
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it. Neither event loop sets it on a socket that it did not make, and then
+    # each small write of a stream waits up to 40 ms for the client to acknowledge the last one.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         sock.bind((address, settings.port))
         sock.listen(2048)

@@ -61,7 +61,13 @@ class Services:
             max_queue=settings.max_queue,
         )
         journal = Journal(
-            store, generations, client, tokenizer, owners, retention=settings.stream_retention
+            store,
+            generations,
+            client,
+            owners,
+            fingerprint=tokenizer.fingerprint,
+            retention=settings.stream_retention,
+            response_retention=settings.response_retention,
         )
         template = ChatTemplate.for_tokenizer(files.chat_template, tokenizer)
         return cls(

@@ -32,6 +32,7 @@ from server.generations import Generations
 from server.journal import Journal
 from server.owners import Owner
 from server.prompt import off_loop, room_for_answer
+from server.store.errors import StoreConflict
 from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
 from server.store.store import Store
 from server.text.chat_template import ChatTemplate, TemplateError
@@ -42,6 +43,7 @@ from server.text.tokenizer import Tokenizer
 OnBusy = Literal["error", "queue", "cancel_previous"]
 MIN_ANSWER_TOKENS = 16  # what an answer of no stated length must have room for before turns go
 MAX_QUEUED_TURNS = 64
+TURN_FIELDS = {"role", "content"}  # of a message; what else it has goes into its turn's notes
 
 
 @dataclass(slots=True, frozen=True)
@@ -128,11 +130,11 @@ class Sessions:
     ) -> tuple[TurnRecord, Generation | None]:
         """Add turns after `parent` (None: the root; False: the head), and answer them. Returns the
         last turn, and the generation that writes it."""
-        async with self._free(owner, session_id, on_busy) as session:
+        async with self.free(owner, session_id, on_busy) as session:
             path = await self.path(session, session.head if parent is False else parent)
             model = self._client.check_ready() if answer else None
-            extension = await self._extend(session, path, messages, model, wish.max_tokens)
-            turns = self._new_turns(session, path, messages, extension)
+            extension = await self.extend(session, path, messages, model, wish.max_tokens)
+            turns = self.new_turns(session, path, messages, extension)
             if model is None:
                 return await self._add(session, turns, idempotency), None
             params = self._params(model, session, wish, len(extension.prompt_token_ids))
@@ -141,7 +143,7 @@ class Sessions:
                 owner,
                 session,
                 turns,
-                self._new_answer(session, last, extension, path),
+                self.new_answer(session, last, extension, path),
                 extension.prompt_token_ids,
                 params,
                 wish.stop,
@@ -159,20 +161,20 @@ class Sessions:
         idempotency: IdempotencyRecord | None = None,
     ) -> tuple[TurnRecord, Generation]:
         """Another answer beside `turn_id` (the head), or to it where it is no answer."""
-        async with self._free(owner, session_id, on_busy) as session:
+        async with self.free(owner, session_id, on_busy) as session:
             path = await self.path(session, turn_id or session.head)
             if path and path[-1].role == "assistant":
                 path = path[:-1]
             if not path:
                 raise InvalidRequest("there is nothing to answer: the session has no turn yet")
             model = self._client.check_ready()
-            extension = await self._extend(session, path, [], model, wish.max_tokens)
+            extension = await self.extend(session, path, [], model, wish.max_tokens)
             params = self._params(model, session, wish, len(extension.prompt_token_ids))
             return await self._answer(
                 owner,
                 session,
                 [],
-                self._new_answer(session, path[-1], extension, path),
+                self.new_answer(session, path[-1], extension, path),
                 extension.prompt_token_ids,
                 params,
                 wish.stop,
@@ -190,7 +192,7 @@ class Sessions:
     ) -> tuple[TurnRecord, Generation]:
         """Go on with the head, an answer that did not come to its end: the same seed, the same
         parameters, and so the tokens that it would have had."""
-        async with self._free(owner, session_id, on_busy) as session:
+        async with self.free(owner, session_id, on_busy) as session:
             path = await self.path(session, session.head)
             if not path or path[-1].role != "assistant":
                 raise InvalidRequest("the session's head is no answer that could be continued")
@@ -198,6 +200,10 @@ class Sessions:
             if turn.status == "complete" and turn.finish_reason != "length":
                 raise InvalidRequest(
                     "the session's last answer came to its end; append a turn, or regenerate it"
+                )
+            if "params" not in turn.notes:
+                raise InvalidRequest(
+                    "how the answer was drawn is not known; append a turn, or regenerate it"
                 )
             if turn.tokenizer != self.fingerprint:
                 raise InvalidRequest(
@@ -207,7 +213,7 @@ class Sessions:
             prompt = _without_own(path)
             num_before = len(prompt) + len(turn.token_ids)
             room = room_for_answer(model, num_before, max_tokens, param="max_tokens")
-            params = msgspec.convert(turn.notes["params"], SamplingParams)
+            params = msgspec.convert(turn.notes["params"], SamplingParams, str_keys=True)
             params = msgspec.structs.replace(params, max_tokens=len(turn.token_ids) + room)
             turn.status = "running"
             return await self._answer(
@@ -224,7 +230,7 @@ class Sessions:
 
     async def set_head(self, owner: Owner, session_id: str, turn_id: str) -> None:
         """Rewind, or switch to another branch."""
-        async with self._free(owner, session_id, "error") as session:
+        async with self.free(owner, session_id, "error") as session:
             await self.path(session, turn_id)
             await self._store.update_session(session.id, head=turn_id, updated_at=time.time())
 
@@ -343,7 +349,7 @@ class Sessions:
     # -------------------------------------------------------------------------------- details
 
     @contextlib.asynccontextmanager
-    async def _free(
+    async def free(
         self, owner: Owner, session_id: str, on_busy: OnBusy
     ) -> AsyncIterator[SessionRecord]:
         """The session, while nothing runs in it and nobody else changes it."""
@@ -364,30 +370,43 @@ class Sessions:
                         self._generations.cancel(running)
                     async for _ in read([running], 0):
                         pass
-                yield await self.get(owner, session_id)
+                if self._journal.owes(session_id):
+                    raise SessionBusy(
+                        f"the last answer of the session {session_id} could not be stored yet; try "
+                        "again in a moment"
+                    )
+                session = await self.get(owner, session_id)
+                try:
+                    yield session
+                except StoreConflict:
+                    await self.get(owner, session_id)  # it may have been deleted meanwhile
+                    raise
         finally:
             line.waiting -= 1
             if line.waiting == 0:
                 self._lines.pop(session_id, None)
 
-    async def _extend(
+    async def extend(
         self,
         session: SessionRecord,
         path: list[TurnRecord],
         messages: Sequence[dict[str, Any]],
         model: ModelInfo | None,
         max_tokens: int | None,
+        fingerprint: str | None = None,
+        template: ChatTemplate | None = None,
     ) -> Extension:
-        """The tokens of what is new, under the session's rule for what does not fit."""
+        """The tokens of what is new, under the session's rule for what does not fit. Another
+        `fingerprint` is for a rendering that is not the session's own."""
 
         def tokens(dropped: int) -> Extension:
             return extend(
                 self._tokenizer,
-                self._template,
+                template or self._template,
                 path,
                 messages,
                 instructions=session.instructions,
-                fingerprint=self.fingerprint,
+                fingerprint=fingerprint or self.fingerprint,
                 answer=model is not None,
                 dropped=dropped,
             )
@@ -431,13 +450,15 @@ class Sessions:
             raise
         return wish.params(room)
 
-    def _new_turns(
+    def new_turns(
         self,
         session: SessionRecord,
         path: list[TurnRecord],
         messages: Sequence[dict[str, Any]],
         extension: Extension,
+        fingerprint: str | None = None,
     ) -> list[TurnRecord]:
+        """The turns of new messages, which `extension` gave tokens."""
         turns: list[TurnRecord] = []
         parent = path[-1].id if path else None
         for message, (before, own) in zip(messages, extension.turns, strict=True):
@@ -450,22 +471,27 @@ class Sessions:
                 prompt_token_ids=before,
                 token_ids=own,
                 replaces_history=extension.replaces_history and not turns,
-                tokenizer=self.fingerprint,
+                tokenizer=fingerprint or self.fingerprint,
                 created_at=time.time(),
             )
             if turn.replaces_history:
                 turn.notes = _rewrite_notes(extension)
+            beside = {key: value for key, value in message.items() if key not in TURN_FIELDS}
+            if beside:
+                turn.notes["message"] = beside
             turns.append(turn)
             parent = turn.id
         return turns
 
-    def _new_answer(
+    def new_answer(
         self,
         session: SessionRecord,
         parent: TurnRecord,
         extension: Extension,
         path: list[TurnRecord],
+        fingerprint: str | None = None,
     ) -> TurnRecord:
+        """The turn of an answer that is about to run."""
         anew = extension.replaces_history and not extension.turns
         notes: dict[str, Any] = {"history_tokens": _computed_tokens(path)}
         if anew or extension.rewrite is not None:
@@ -478,7 +504,7 @@ class Sessions:
             prompt_token_ids=extension.generation_prompt,
             replaces_history=anew,
             status="running",
-            tokenizer=self.fingerprint,
+            tokenizer=fingerprint or self.fingerprint,
             notes=notes,
             created_at=time.time(),
         )

@@ -92,6 +92,7 @@ class Settings(BaseSettings):
     send_timeout: float = Field(default=30.0, gt=0)
     store: str | None = None
     stream_retention: float = Field(default=3600.0, gt=0)
+    response_retention: float = Field(default=30 * 86_400.0, gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

@@ -6,25 +6,60 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from model.engine.request import SamplingParams
+from server.api.sampling import MAX_SEED, Stops
+from server.api.session_fields import Defaults, Metadata, Text, Title
 from server.errors import InvalidRequest
 from server.store.records import SessionRecord, TurnRecord
 from server.store.schema import text_of
-from server.text.detokenizer import shown_text
+from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
 FORMAT, VERSION = "headwater.session", 1
 MAX_TURNS = 10_000
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 32)]]
+Time = Annotated[float, Field(ge=0, lt=1e11)]
 
 
 class ItemText(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Text
+
+
+def _drawn_with(value: object) -> dict[str, Any]:
+    """Parameters as an answer's notes have them, within the bounds that a request's have. Raises
+    ValueError."""
+    try:
+        params = msgspec.convert(value, SamplingParams, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    fields = msgspec.structs.asdict(params)
+    for name in ("prompt_logprobs", "prompt_index", "choice_index", "grammar"):
+        if fields.pop(name):
+            raise ValueError(f"`{name}` is nothing that an answer of a session has")
+    seed = params.seed if params.seed <= MAX_SEED else params.seed - 2**64
+    try:
+        Defaults.model_validate(fields | {"seed": seed})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"`{first['loc'][0]}`: {first['msg']}") from None
+    return msgspec.to_builtins(params)  # type: ignore[no-any-return]
+
+
+class Notes(BaseModel):
+    """What going on with a turn needs; what its other notes report says nothing elsewhere."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    params: Annotated[dict[str, Any], BeforeValidator(_drawn_with)] | None = None
+    stop: Stops = []
+    dropped: int = Field(default=0, ge=0, le=MAX_TURNS)
 
 
 class TranscriptTurn(BaseModel):
@@ -40,20 +75,20 @@ class TranscriptTurn(BaseModel):
     status: Literal["complete", "interrupted"] = "complete"
     finish_reason: str | None = Field(default=None, max_length=64)
     tokenizer: str = Field(max_length=256)
-    notes: dict[str, Any] = {}
-    created_at: float
+    notes: Notes = Notes()
+    created_at: Time
 
 
 class TranscriptSession(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    title: str | None = Field(default=None, max_length=1024)
-    instructions: str | None = None
-    metadata: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
+    title: Title | None = None
+    instructions: Text | None = None
+    metadata: Metadata = {}
+    defaults: Defaults = Defaults()
     overflow: Literal["error", "drop_oldest"] = "error"
-    head: str | None = None
-    created_at: float
+    head: str | None = Field(default=None, max_length=64)
+    created_at: Time
 
 
 class Transcript(BaseModel):
@@ -82,7 +117,7 @@ def exported(record: SessionRecord, turns: list[TurnRecord]) -> dict[str, Any]:
 
 
 def imported(
-    transcript: Transcript, owner: str, tokenizer: Tokenizer, fingerprint: str
+    transcript: Transcript, owner: str, tokenizer: Tokenizer, fingerprint: str, vocab_size: int
 ) -> tuple[SessionRecord, list[TurnRecord]]:
     """The records of a new session. Token ids of this very tokenizer must be what the text says;
     those of another one are kept, and the text is tokenised again when it is gone on with.
@@ -101,7 +136,7 @@ def imported(
                 param=f"{where}.parent",
             )
         if turn.tokenizer == fingerprint:
-            _check_tokens(turn, where, tokenizer)
+            _check_tokens(turn, where, tokenizer, vocab_size)
         ids[turn.id] = f"turn_{secrets.token_hex(16)}"
         turns.append(
             TurnRecord(
@@ -116,8 +151,7 @@ def imported(
                 status=turn.status,
                 finish_reason=turn.finish_reason,
                 tokenizer=turn.tokenizer,
-                # What a cache held elsewhere says nothing here.
-                notes={k: turn.notes[k] for k in ("params", "stop", "dropped") if k in turn.notes},
+                notes=turn.notes.model_dump(exclude_defaults=True) | {"stop": turn.notes.stop},
                 created_at=turn.created_at,
             )
         )
@@ -131,7 +165,7 @@ def imported(
         title=transcript.session.title,
         instructions=transcript.session.instructions,
         metadata=transcript.session.metadata,
-        defaults=transcript.session.defaults,
+        defaults=transcript.session.defaults.model_dump(exclude_none=True),
         overflow=transcript.session.overflow,
         head=None if head is None else ids[head],
         created_at=now,
@@ -140,16 +174,21 @@ def imported(
     return record, turns
 
 
-def _check_tokens(turn: TranscriptTurn, where: str, tokenizer: Tokenizer) -> None:
-    every = turn.prompt_token_ids + turn.token_ids
-    if every and max(every) >= len(tokenizer.token_bytes):
+def _check_tokens(turn: TranscriptTurn, where: str, tokenizer: Tokenizer, vocab_size: int) -> None:
+    params = turn.notes.params or {}
+    every = turn.prompt_token_ids + turn.token_ids + [*params.get("stop_token_ids", ())]
+    every += [int(token_id) for token_id in params.get("logit_bias", ())]
+    if every and max(every) >= vocab_size:
         raise InvalidRequest(
             f"`{where}`: token {max(every)} is beyond this model's vocabulary", param=where
         )
     text = "".join(item.text for item in turn.content)
-    said = shown_text(tokenizer.token_bytes, turn.token_ids)
-    # An answer's tokens spell it exactly; another turn's also what the template puts around it.
-    fits = said == text if turn.role == "assistant" else not turn.token_ids or text.strip() in said
+    detokenizer = Detokenizer(tokenizer.token_bytes)
+    said = "".join([detokenizer.feed(token_id).text for token_id in turn.token_ids])
+    if turn.role == "assistant":  # spelled exactly; half a character at the end shows or does not
+        fits = text in (said, said + detokenizer.finish().text)
+    else:  # within what the template puts around it
+        fits = not turn.token_ids or text.strip() in said
     if not fits:
         raise InvalidRequest(
             f"`{where}.token_ids` do not spell the turn's text; was one of them changed?",

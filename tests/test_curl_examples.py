@@ -124,6 +124,64 @@ def check_completions_batch(output: str) -> None:
     assert answer(output, kind="text_completion", choices=2)["usage"]["prompt_tokens"] == 8
 
 
+def events(output: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """(id, name, data) of the events of a stream that have an id."""
+    found = re.findall(r"^id: (\d+)\nevent: (\w+)\ndata: (.+)$", output, re.MULTILINE)
+    return [(int(number), name, json.loads(data)) for number, name, data in found]
+
+
+def check_session(output: str) -> None:
+    body = document(output)
+    assert body["object"] == "session" and body["generating"] is None
+    assert [turn["role"] for turn in body["turns"]] == ["user", "assistant"] * 2
+    assert body["head"] == body["turns"][-1]["id"]
+
+
+def check_session_stream(output: str) -> None:
+    found = events(output)
+    assert [name for _, name, _ in found][:1] == ["start"]
+    assert found[-1][1] == "done" and found[-1][2]["finish_reason"] in ("stop", "length")
+
+
+def check_session_branches(output: str) -> None:
+    body = document(output)
+    question, first, second = body["turns"]
+    assert first["parent"] == second["parent"] == question["id"]
+    assert body["head"] == first["id"]
+
+
+def check_session_fork(output: str) -> None:
+    body = document(output)
+    assert body["status"] == "complete" and body["num_tokens"] >= 6
+
+
+def check_session_cancel(output: str) -> None:
+    body = document(output)
+    assert body["object"] == "generation" and body["finish_reason"] == "abort"
+
+
+def check_session_cache(output: str) -> None:
+    body = document(output)
+    assert sum(body["tiers"].values()) == body["tokens"] > 0
+
+
+def check_session_export(output: str) -> None:
+    assert document(output)["object"] == "session"
+
+
+def check_session_delete(output: str) -> None:
+    assert document(output)["object"] == "list"
+
+
+def check_stream_resume(output: str) -> None:
+    found = events(output)
+    assert found[0][0] > 3 and found[-1][1] == "done"
+
+
+def check_stream_cancel(output: str) -> None:
+    assert document(output)["object"] == "generation"
+
+
 def check_models(output: str) -> None:
     body = document(output)
     assert body["object"] == "list" and len(body["data"]) == 1
@@ -226,9 +284,12 @@ def test_an_error_shows_and_fails(tiny_server: Server) -> None:
 def test_every_route_has_an_example(tiny_server: Server) -> None:
     shown = set()
     for script in SCRIPTS:
-        text = script.read_text()
-        method = "post" if " -d " in text else "get"
-        shown |= {(method, path) for path in re.findall(r'"\$url(/[^"]*)"', text)}
+        for call in script.read_text().split("curl -sS")[1:]:
+            method = re.search(r" -X ([A-Z]+)", call)
+            otherwise = "post" if " -d " in call else "get"
+            path = re.search(r'"\$url(/[^"?]*)', call)
+            assert path, f"{script.name} has a call without a path"
+            shown.add((method[1].lower() if method else otherwise, path[1]))
     assert shown
     for path, operations in httpx.get(f"{tiny_server.url}/openapi.json").json()["paths"].items():
         pattern = re.compile(re.sub(r"\{[^}]*\}", "[^/]+", path))

@@ -19,6 +19,8 @@ from server import errors
 from server.api.chat import ChatRequest
 from server.api.completions import CompletionRequest
 from server.api.sampling import SamplingFields
+from server.api.session_fields import Defaults
+from server.api.sessions import Fork, NewSession, NewTurn
 from server.api.tokens import DetokenizeRequest, TokenizeRequest
 from server.cli import app
 from server.settings import Settings
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_OURS = {".git", ".venv", ".pytest_cache", "node_modules", "build", "dist"}
 README = ROOT / "README.md"
 API, OPERATING = ROOT / "docs/api.md", ROOT / "docs/operating.md"
+SESSIONS = ROOT / "docs/sessions.md"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -193,6 +196,22 @@ def test_every_field_is_documented_and_there(
     assert set(documented) == set(body.model_fields) - common
 
 
+@pytest.mark.parametrize(
+    ("heading", "body", "common"),
+    [
+        ("## Make one, and talk", {**NewSession.model_fields, **NewTurn.model_fields}, Defaults),
+        ("## Fork at a turn, or at a token", Fork.model_fields, BaseModel),
+    ],
+)
+def test_every_field_of_sessions_is_documented_and_there(
+    heading: str, body: dict[str, Any], common: type[BaseModel]
+) -> None:
+    cells = [cells[0] for cells in rows(SESSIONS, heading) if cells[0].startswith("`")]
+    documented = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    required = set(body) - set(common.model_fields)
+    assert required <= documented <= set(body)
+
+
 def test_every_error_is_documented_and_there() -> None:
     def tree(kind: type[errors.HeadwaterError]) -> Iterator[type[errors.HeadwaterError]]:
         yield kind
@@ -226,6 +245,7 @@ def curl_examples() -> list[Any]:
         pytest.param(block, id=f"{name_of(path)}-{number}")
         for path in documents()
         for number, block in enumerate(b for b in blocks(path, "sh") if b.startswith("curl "))
+        if path != SESSIONS  # those hang together
     ]
 
 
@@ -246,6 +266,29 @@ def test_curl_examples_run(block: str, tiny_server: Server) -> None:
         assert done.stdout.endswith("data: [DONE]\n\n")
     else:
         assert done.stdout.startswith("{")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("path", [README, SESSIONS], ids=name_of)
+def test_session_examples_run(path: Path, tiny_server: Server, tmp_path: Path) -> None:
+    every = blocks(path, "sh") if path == SESSIONS else []
+    parts = every or [b for b in blocks(path, "sh") if b.startswith("session=")]
+    script = "\n".join(parts)
+    assert DEFAULT_URL in script
+    checked = 'set -o pipefail; curl() { command curl -sS --fail-with-body "$@"; }\n'
+    # The tiny model would fill its context: long, and nothing more is learned.
+    short = script.replace('"title": "Rivers"', '"title": "Rivers", "defaults": {"max_tokens": 9}')
+    done = subprocess.run(
+        ["bash", "-ec", checked + (short if path == README else script).replace(
+            DEFAULT_URL, tiny_server.url)],
+        cwd=tmp_path,
+        env={**os.environ, "no_proxy": "*"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr
+    assert "event: done" in done.stdout
 
 
 def test_the_sdk_example_runs(tiny_server: Server, capsys: pytest.CaptureFixture[str]) -> None:

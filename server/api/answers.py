@@ -67,8 +67,8 @@ async def find_generation(services: Services, owner: Owner, id: str) -> Generati
             return ended
         if await services.store.generation(owner.name, id) is not None:
             raise StreamExpired(
-                f"the stream {id} ended too long ago to be read again; its turn, if it belongs to "
-                "a session, is kept"
+                f"the stream {id} ended too long ago to be read again, or was made with another "
+                "model; its turn, if it belongs to a session, is kept"
             )
     raise NotFound(f"there is no stream {id[:64]!r}")
 

@@ -106,7 +106,7 @@ class SamplingFields(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             top_logprobs=top_logprobs,
-            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
+            seed=secrets.randbits(53) if self.seed is None else self.seed % 2**64,
         )
 
     def wants_usage(self) -> bool:

@@ -7,12 +7,12 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from server.api.answers import find_generation
 from server.api.chat import MAX_MESSAGES, ChatMessage
-from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
+from server.api.session_fields import Defaults, Metadata, Text, Title
 from server.api.streams import cancelled, stream_response
 from server.errors import Conflict, InvalidRequest, ServerError
 from server.generation import Failed, Generation, read
@@ -26,41 +26,16 @@ from server.transcript import Transcript, exported, imported, markdown
 
 router = APIRouter()
 
-MAX_METADATA = 64
 MAX_QUERY_CHARACTERS = 1000
 
-
-def _is_metadata(value: dict[str, Any]) -> dict[str, Any]:
-    for name, entry in value.items():
-        if len(name) > 64 or len(str(entry)) > 4096:
-            raise ValueError("keys have at most 64 characters, and values at most 4096")
-    return value
-
-
-Metadata = Annotated[
-    dict[str, str | int | float | bool | None],
-    Field(max_length=MAX_METADATA),
-    AfterValidator(_is_metadata),
-]
-Title = Annotated[str, Field(max_length=1024)]
 TurnId = Annotated[str, Field(pattern=r"^turn_[0-9a-f]{32}$")]
-
-
-class Defaults(SamplingFields):
-    """Sampling parameters that hold where a turn does not say otherwise."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    max_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
 
 class NewSession(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     title: Title | None = None
-    instructions: str | None = None
+    instructions: Text | None = None
     metadata: Metadata = {}
     defaults: Defaults = Defaults()
     overflow: Literal["error", "drop_oldest"] = "error"
@@ -83,7 +58,9 @@ class AnswerFields(Defaults):
     def wish(self, services: Services, session: SessionRecord) -> Wish:
         """How the answer is to be drawn: as the body says, else as the session's defaults do."""
         if (self.n or 1) > 1:
-            raise InvalidRequest("a turn has one answer; `regenerate` makes another", param="n")
+            raise InvalidRequest(
+                "`n` must be 1: a turn has one answer, and `regenerate` makes another", param="n"
+            )
         fields = self.model_copy(
             update={
                 name: value
@@ -200,7 +177,11 @@ async def import_session(
         if isinstance(once.made, str):
             return json_response(_session(services, await services.sessions.get(owner, once.made)))
         record, turns = imported(
-            body, owner.name, services.tokenizer, services.sessions.fingerprint
+            body,
+            owner.name,
+            services.tokenizer,
+            services.sessions.fingerprint,
+            services.files.config.vocab_size,
         )
         if once.record is not None:
             once.record.target = record.id

@@ -80,7 +80,10 @@ def begin(
     updated_at: float,
     request: IdempotencyRecord | None,
     reopened: TurnRecord | None,
+    new_session: SessionRecord | None,
 ) -> None:
+    if new_session is not None:
+        create_session(connection, new_session, None)
     if request is not None:
         connection.execute(insert(idempotency), _row(request))
     _insert_turns(connection, turns)
@@ -107,7 +110,16 @@ def log_tokens(connection: Connection, chunks: Sequence[TokenChunk]) -> None:
         connection.scalars(select(generation.c.id).where(generation.c.id.in_(sorted(wanted))))
     )
     rows = [_row(chunk) for chunk in chunks if chunk.generation in there]
-    _insert_new(connection, generation_tokens, rows)
+    if not rows:
+        return
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(generation_tokens)
+    # A commit whose answer was lost may have happened; what is there is then the chunk's beginning.
+    later = {"token_ids": statement.excluded.token_ids, "logprobs": statement.excluded.logprobs}
+    statement = statement.on_conflict_do_update(
+        index_elements=["generation", "position"], set_=later
+    )
+    connection.execute(statement, rows)
 
 
 def finish(
@@ -122,7 +134,11 @@ def finish(
     final: TurnRecord | None,
     blocks: Sequence[bytes],
     chunks: Sequence[TokenChunk],
+    head: str | None,
 ) -> None:
+    connection.execute(
+        delete(generation_tokens).where(generation_tokens.c.generation == generation_id)
+    )
     log_tokens(connection, chunks)
     mine = generation.c.id == generation_id
     ended = connection.execute(
@@ -142,7 +158,8 @@ def finish(
         _update_turn(connection, final)
     session_id = connection.scalar(select(generation.c.session).where(mine))
     if session_id is not None:
-        _update_session(connection, session_id, {"updated_at": ended_at})
+        changed = {"updated_at": ended_at} | ({} if head is None else {"head": head})
+        _update_session(connection, session_id, changed)
         add_blocks(connection, session_id, blocks)
 
 
@@ -187,6 +204,33 @@ def expire(connection: Connection, before: float, gone_before: float) -> int:
     connection.execute(delete(generation_tokens).where(generation_tokens.c.generation.in_(logs)))
     emptied: dict[str, Any] = {"usage": None, "prompt_token_ids": [], "resumed_token_ids": []}
     return connection.execute(update(generation).where(*old).values(emptied)).rowcount
+
+
+def delete_response(connection: Connection, owner: str, generation_id: str) -> str | None:
+    mine = generation.c.owner == owner, generation.c.id == generation_id
+    found = connection.execute(
+        select(generation.c.session, generation.c.turn, session.c.listed)
+        .join(session, session.c.id == generation.c.session)
+        .where(*mine)
+    ).one_or_none()
+    if found is None:
+        raise StoreConflict(f"the generation {generation_id} is gone")
+    connection.execute(delete(generation).where(*mine))
+    if found.listed:
+        return None
+    at: str | None = found.turn
+    while at is not None:
+        here = turn.c.session == found.session, turn.c.id == at
+        child = exists().where(turn.c.session == found.session, turn.c.parent == at)
+        answer = exists().where(generation.c.session == found.session, generation.c.turn == at)
+        if connection.scalar(select(child | answer)):
+            return None
+        parent = connection.scalar(select(turn.c.parent).where(*here))
+        connection.execute(delete(turn).where(*here))
+        at = parent
+    return None if connection.scalar(
+        select(exists().where(turn.c.session == found.session))
+    ) else str(found.session)
 
 
 def copy_path(

@@ -72,6 +72,16 @@ def list_sessions(
     return found[:limit], len(found) > limit
 
 
+def list_old_unlisted(connection: Connection, before: float) -> list[tuple[str, str]]:
+    rows = connection.execute(
+        select(session.c.owner, session.c.id)
+        .where(session.c.listed.is_(False), session.c.updated_at < before)
+        .order_by(session.c.updated_at)
+        .limit(100)
+    )
+    return [(row.owner, row.id) for row in rows]
+
+
 def find_turn(connection: Connection, session_id: str, turn_id: str) -> TurnRecord | None:
     row = connection.execute(
         select(*_TURN).where(turn.c.session == session_id, turn.c.id == turn_id)

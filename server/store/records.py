@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Overflow = Literal["error", "drop_oldest"]
 TurnStatus = Literal["complete", "interrupted", "running"]
-GenerationKind = Literal["turn", "chat", "completion"]
+GenerationKind = Literal["turn", "response", "chat", "completion"]
 GenerationStatus = Literal["running", "complete", "interrupted", "failed"]
 
 
@@ -64,8 +64,9 @@ class GenerationRecord:
     """One run of the model.
 
     `resumed_token_ids` are output tokens that an earlier generation of the same turn drew.
-    `params` are opaque bytes, `extra` is what else a resumption needs (stop strings, the seed).
-    `crashes` counts the engine deaths that it was running at."""
+    A `response` ends with its client; what else has a session goes on. `params` are opaque bytes,
+    `extra` is what else a resumption needs (stop strings, the seed). `crashes` counts the engine deaths that it was
+    running at."""
 
     id: str
     owner: str

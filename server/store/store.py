@@ -143,17 +143,19 @@ class Store:
         updated_at: float,
         idempotency: IdempotencyRecord | None = None,
         reopened: TurnRecord | None = None,
+        session: SessionRecord | None = None,
     ) -> None:
-        """Inserts the turns (parents first) and the generation, changes the turn that the
-        generation goes on with (`reopened`), and moves the head of a session, (session id, turn
-        id). StoreConflict also where the idempotency key is already used."""
+        """Makes the `session`, if one is given; inserts the turns (parents first) and the
+        generation, changes the turn that the generation goes on with (`reopened`), and moves the
+        head of a session, (session id, turn id). StoreConflict also where the idempotency key is
+        already used."""
         await self._write(
-            operations.begin, turns, generation, head, updated_at, idempotency, reopened
+            operations.begin, turns, generation, head, updated_at, idempotency, reopened, session
         )
 
     async def log_tokens(self, chunks: Sequence[TokenChunk]) -> None:
-        """Appends to logs. A chunk whose (generation, position) is there changes nothing, nor does
-        one of a generation that is gone."""
+        """Appends to logs. A chunk replaces one at the same position; one of a generation that is
+        gone changes nothing."""
         await self._write(operations.log_tokens, chunks)
 
     async def finish(
@@ -168,9 +170,11 @@ class Store:
         turn: TurnRecord | None,
         blocks: Sequence[bytes],
         chunks: Sequence[TokenChunk] = (),
+        head: str | None = None,
     ) -> None:
-        """Ends a generation: the rest of its log, its turn as it is now, and the blocks that its
-        session got. StoreConflict where it is gone: then `add_blocks` tells which to forget."""
+        """Ends a generation: its whole log (in place of what there is), its turn as it is now, the
+        blocks that its session got, and that session's new `head`. StoreConflict where it is gone: then `add_blocks` tells
+        which to forget."""
         operation = partial(
             operations.finish,
             generation_id=generation_id,
@@ -182,6 +186,7 @@ class Store:
             final=turn,
             blocks=blocks,
             chunks=chunks,
+            head=head,
         )
         await self._write(operation)
 
@@ -205,6 +210,15 @@ class Store:
         how many generations. Their turns stay. What ended before `gone_before` is deleted whole;
         until then a generation without `usage` is known to have been."""
         return await self._write(operations.expire, before, gone_before)
+
+    async def delete_response(self, owner: str, generation_id: str) -> str | None:
+        """Deletes an ended generation and its turns, as far as nothing else builds on them and no
+        listed session shows them. Returns the unlisted session if nothing of it is left."""
+        return await self._write(operations.delete_response, owner, generation_id)
+
+    async def old_unlisted(self, before: float) -> list[tuple[str, str]]:
+        """(owner, id) of unlisted sessions that nothing happened in since that time."""
+        return await self._read(queries.list_old_unlisted, before)
 
     async def idempotent(self, owner: str, key: str) -> IdempotencyRecord | None:
         return await self._read(queries.find_idempotency, owner, key)

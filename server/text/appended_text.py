@@ -6,20 +6,16 @@ inside a message is quoted, and is encoded as the ordinary text it is.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from server.store.records import TurnRecord
 from server.text.chat_template import (
-    ROLES,
     ChatTemplate,
     Message,
+    Quoted,
     TemplateError,
-    _joined,
-    _plain,
-    _quote,
-    _spellings_in,
-    _unused_characters,
+    check_messages,
+    plain,
 )
 from server.text.tokenizer import Tokenizer
 
@@ -47,22 +43,11 @@ class AppendedText:
     ) -> None:
         self._tokenizer, self._template = tokenizer, template
         system = [] if instructions is None else [{"role": "system", "content": instructions}]
-        messages = _plain([*system, *map(message_of, kept), *new])
-        for message in messages:
-            if message.get("role") not in ROLES:
-                known = ", ".join(sorted(ROLES))
-                raise TemplateError(
-                    f"the role {message.get('role')!r} is not known; expected {known}"
-                )
-            if isinstance(message.get("content"), list):
-                message["content"] = _joined(message["content"])
-        unused = _unused_characters(messages)
-        self._sentinel = next(unused)
-        quoted = dict(zip(_spellings_in(messages, tokenizer.special_tokens), unused, strict=False))
-        self._spelling_of = {mark: spelling for spelling, mark in quoted.items()}
-        if quoted:
-            pattern = re.compile("|".join(map(re.escape, sorted(quoted, key=len, reverse=True))))
-            messages = _quote(messages, pattern, quoted)
+        messages = plain([*system, *map(message_of, kept), *new])
+        check_messages(messages)
+        self._quoted = Quoted(messages, tokenizer.special_tokens)
+        self._sentinel = next(self._quoted.unused)
+        messages = self._quoted.values
         self._messages: list[Message] = messages
         # Without a path the instructions belong to the first message.
         self._num_old = len(messages) - len(new) if kept else 0
@@ -219,16 +204,8 @@ class AppendedText:
 
     def _ids(self, text: str, before: Sequence[int]) -> list[int]:
         """The ids of some rendered text that stands after the tokens `before`."""
-        ids: list[int] = []
         begun = bool(before) and before[-1] not in self._tokenizer.special_ids
-        marks = f"([{''.join(self._spelling_of)}])" if self._spelling_of else "(?!)"
-        for piece in re.split(marks, text):
-            spelling = self._spelling_of.get(piece)
-            ids += self._tokenizer.encode(
-                spelling or piece, special=spelling is None, continues=begun
-            )
-            begun = begun or bool(piece)
-        return ids
+        return self._quoted.encode(self._tokenizer, text, begun=begun)
 
 
 def message_of(turn: TurnRecord) -> Message:
@@ -242,4 +219,4 @@ def message_of(turn: TurnRecord) -> Message:
                 "expected text, which is all that can be put into a prompt"
             )
         texts.append(item.get(key) or "")
-    return {"role": turn.role, "content": "".join(texts)}
+    return {**turn.notes.get("message", {}), "role": turn.role, "content": "".join(texts)}

@@ -107,7 +107,7 @@ class ChatTemplate:
         unknown = sorted(allowed.keys() - ALLOWED_KEYWORDS)
         if unknown:
             raise TemplateError(f"the chat template takes no argument {unknown[0]!r}")
-        values = _plain({"messages": list(messages), "tools": tools and list(tools), **allowed})
+        values = plain({"messages": list(messages), "tools": tools and list(tools), **allowed})
         mark = ""
         if continue_final_message:
             add_generation_prompt = False
@@ -157,8 +157,20 @@ def encode_chat(
 ) -> list[int]:
     """The prompt's token ids. BOS is there only if the template writes it. Raises TemplateError,
     or TokenizerError for text that is not Unicode."""
-    values = _plain({"messages": list(messages), "tools": tools and list(tools), **allowed})
-    for message in values["messages"]:
+    values = plain({"messages": list(messages), "tools": tools and list(tools), **allowed})
+    check_messages(values["messages"])
+    quoted = Quoted(values, tokenizer.special_tokens)
+    text = template.render(
+        **quoted.values,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+    return quoted.encode(tokenizer, text)
+
+
+def check_messages(messages: Iterable[Message]) -> None:
+    """Raises TemplateError for a role that nobody has, and joins neighbouring parts of text."""
+    for message in messages:
         # A template may write the role between <| and |>.
         if message.get("role") not in ROLES:
             known = ", ".join(sorted(ROLES))
@@ -166,29 +178,35 @@ def encode_chat(
         if isinstance(message.get("content"), list):
             # Two parts may each hold half of a control token's spelling.
             message["content"] = _joined(message["content"])
-    found = _spellings_in(values, tokenizer.special_tokens)
-    quoted = dict(zip(found, _unused_characters(values), strict=False))
-    if quoted:
-        pattern = re.compile("|".join(map(re.escape, sorted(quoted, key=len, reverse=True))))
-        values = _quote(values, pattern, quoted)
-    text = template.render(
-        **values,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-    )
-    if not quoted:
-        return tokenizer.encode(text)
-    spelling_of = {mark: spelling for spelling, mark in quoted.items()}
-    ids: list[int] = []
-    begun = False
-    for piece in re.split(f"([{''.join(spelling_of)}])", text):
-        spelling = spelling_of.get(piece)
-        ids += tokenizer.encode(spelling or piece, special=spelling is None, continues=begun)
-        begun = begun or bool(piece)
-    return ids
 
 
 # ---------------------------------------------------------------------------------- quoting
+
+
+class Quoted:
+    """`values` with the spelling of each control token in their strings replaced by a character
+    that none of them has; `unused` gives more of those."""
+
+    def __init__(self, values: Any, special_tokens: Iterable[str]) -> None:
+        self.unused = _unused_characters(values)
+        found = _spellings_in(values, special_tokens)
+        marks = dict(zip(found, self.unused, strict=False))
+        self._spelling_of = {mark: spelling for spelling, mark in marks.items()}
+        if marks:
+            longest_first = sorted(marks, key=len, reverse=True)
+            values = _quote(values, re.compile("|".join(map(re.escape, longest_first))), marks)
+        self.values = values
+
+    def encode(self, tokenizer: Tokenizer, text: str, *, begun: bool = False) -> list[int]:
+        """The ids of a rendered text: control tokens where the template wrote them, ordinary text
+        where a message spells one. `begun`: other text stands before it."""
+        ids: list[int] = []
+        marks = f"([{''.join(self._spelling_of)}])" if self._spelling_of else "(?!)"
+        for piece in re.split(marks, text):
+            spelling = self._spelling_of.get(piece)
+            ids += tokenizer.encode(spelling or piece, special=spelling is None, continues=begun)
+            begun = begun or bool(piece)
+        return ids
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -259,14 +277,14 @@ def _append(messages: list[Message], text: str) -> None:
     raise TemplateError("continue_final_message needs a final message with text to go on from")
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def plain(value: Any, depth: int = 0) -> Any:
     """A copy made of JSON's types only, so that a template meets no object with methods of note."""
     if depth > MAX_DEPTH:
         raise TemplateError(f"the messages or tools are nested more than {MAX_DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
+        return {key: plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
+        return [plain(item, depth + 1) for item in value]
     raise TemplateError(f"the messages hold a {type(value).__name__}; expected JSON values only")

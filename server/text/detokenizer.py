@@ -43,7 +43,9 @@ class Detokenizer:
     `prompt_tail` is the end of the prompt, as bytes or ids: half a character there is completed by
     the output and no other part of it is ever shown. A stop string counts only if it is complete
     when at least `min_tokens` tokens were fed; with `include_stop` it is shown.
-    `stopped` is the stop string that was found. Raises ValueError for an empty stop string.
+    `stopped` is the stop string that was found. `released_ends` is where the tokens end that the
+    deltas so far completed, `num_shown` where their text does, in characters from the start.
+    Raises ValueError for an empty stop string.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Detokenizer:
         if "" in stop:
             raise ValueError("a stop string must have at least one character")
         self.stopped: str | None = None
+        self.released_ends: list[int] = []
+        self.num_shown = 0
         self._token_bytes = token_bytes
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -70,8 +74,9 @@ class Detokenizer:
         self._num_decoded = 0  # characters decoded, shown or held
         self._num_fed = 0
         self._num_released = 0
-        # For each token that is not released, how many characters must be shown to show all of it.
-        self._ends: deque[int] = deque()
+        # For each token that is not released, how many characters must be shown to show all of it,
+        # and how many it and those before it complete.
+        self._ends: deque[tuple[int, int]] = deque()
         self._finished = False
 
     @property
@@ -98,7 +103,7 @@ class Detokenizer:
         # Bytes that wait for the rest of their character become exactly one character, whether it
         # is completed or turns out to be broken.
         waiting = bool(self._decoder.getstate()[0])
-        self._ends.append(self._num_decoded + waiting)
+        self._ends.append((self._num_decoded + waiting, self._num_decoded))
         return self._advance(text)
 
     def finish(self, *, half: bool = True) -> Delta:
@@ -152,8 +157,9 @@ class Detokenizer:
     def _release(self, num_shown: int) -> int:
         """How many tokens more are wholly within the first `num_shown` characters."""
         ends, count = self._ends, 0
-        while ends and ends[0] <= num_shown:
-            ends.popleft()
+        self.num_shown = num_shown
+        while ends and ends[0][0] <= num_shown:
+            self.released_ends.append(ends.popleft()[1])
             count += 1
         self._num_released += count
         return count

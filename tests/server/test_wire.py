@@ -170,7 +170,6 @@ def test_chat_accepts_its_edges(tiny_server: Server, change: dict[str, Any]) -> 
         (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {**HELLO, "regex": "a+"}, "regex"),
         (CHAT, {**HELLO, "grammar": "start: 'a'"}, "grammar"),
-        (CHAT, {**HELLO, "resumable": True, "n": 2}, "n"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

@@ -81,7 +81,7 @@ class TestRoundTrip:
             "ended_at": 1600.5,
         }
         await store.finish(
-            "g", **end, turn=final, blocks=[b"k"], chunks=[TokenChunk("g", 2, [7], b"lp")]
+            "g", **end, turn=final, blocks=[b"k"], chunks=[TokenChunk("g", 0, [5, 6, 7], b"lp")]
         )
         assert await store.generation("ann", "g") == a_generation("g", session="s", turn="b", **end)
         assert await store.generation_log("g") == ([5, 6, 7], [b"lp"])
@@ -112,6 +112,9 @@ class TestLogs:
         assert await store.generation_log("g") == ([10, 11, 12, 13], [b"ab", b"c"])
         assert await store.generation_log("h") == ([99], [])
         assert await store.generation_log("nothing") == ([], [])
+        # A commit that was thought to have failed: the next chunk begins where that one did.
+        await store.log_tokens([TokenChunk("h", 0, [99, 100, 101], b"later")])
+        assert await store.generation_log("h") == ([99, 100, 101], [b"later"])
 
     async def test_a_deleted_generation_takes_no_others_tokens(self, store: Store) -> None:
         await store.create_session(a_session("s"))
@@ -134,9 +137,9 @@ class TestLogs:
 
     async def test_crashes_are_counted(self, store: Store) -> None:
         await start(store, a_generation("a"), a_generation("b"), a_generation("c"))
-        await store.count_crash(["a", "b"])
-        await store.count_crash(["b"])
-        await store.count_crash([])
+        await store.set_crashes({"a": 1, "b": 1})
+        await store.set_crashes({"b": 2, "gone": 1})
+        await store.set_crashes({})
         crashes = {record.id: record.crashes for record, _, _ in await store.running()}
         assert crashes == {"a": 1, "b": 2, "c": 0}
 
@@ -176,17 +179,22 @@ class TestExpiry:
         new = a_request("new", created_at=2000.0)
         await store.begin([], a_generation("new"), head=None, updated_at=1.0, idempotency=new)
         await start(store, a_generation("running", created_at=1.0))
-        await store.finish("old", **ENDED | {"ended_at": 1999.9})
-        await store.finish("new", **ENDED | {"ended_at": 2000.0})
-        assert await store.expire(2000.0) == 1
-        assert await store.generation("ann", "old") is None
+        usage = {"completion_tokens": 1}
+        await store.finish("old", **ENDED | {"ended_at": 1999.9, "usage": usage})
+        await store.finish("new", **ENDED | {"ended_at": 2000.0, "usage": usage})
+        assert await store.expire(2000.0, 1000.0) == 1
+        known = await store.generation("ann", "old")
+        assert known is not None and known.usage is None and known.prompt_token_ids == []
         assert await store.generation_log("old") == ([], [])
         assert await store.generation("ann", "new") is not None
         assert [record.id for record, _, _ in await store.running()] == ["running"]
         assert [turn.id for turn in await store.turns("s")] == ["t"]
         assert await store.idempotent("ann", "old") is None
         assert await store.idempotent("ann", "new") == new
-        assert await store.expire(2000.0) == 0
+        assert await store.expire(2000.0, 1999.0) == 0
+        assert await store.generation("ann", "old") is not None
+        assert await store.expire(2000.0, 2000.0) == 0
+        assert await store.generation("ann", "old") is None
 
 
 class TestMeta:

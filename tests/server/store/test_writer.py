@@ -131,7 +131,7 @@ class TestGroupCommit:
             raise OSError("everything is lost")
 
         def create(name: str) -> Callable[[Connection], None]:
-            return lambda connection: operations.create_session(connection, a_session(name))
+            return lambda connection: operations.create_session(connection, a_session(name), None)
 
         with writing(place, 10) as writer:
             gate = Gate()
@@ -167,7 +167,7 @@ class TestGroupCommit:
             first = asyncio.create_task(writer.run(gate.operation))
             await asyncio.to_thread(gate.entered.wait, 30)
             second = asyncio.create_task(
-                writer.run(lambda c: operations.create_session(c, a_session("s")))
+                writer.run(lambda c: operations.create_session(c, a_session("s"), None))
             )
             await asyncio.sleep(0)
             assert writer.queue_length == 2

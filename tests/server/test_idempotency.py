@@ -1,0 +1,232 @@
+"""Idempotency keys on a real store: one request does the work, the others get what it made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Request
+
+from model.engine.request import SamplingParams
+from server.errors import IdempotencyConflict, InvalidRequest
+from server.generation import Done, Generation
+from server.idempotency import Idempotency, Once
+from server.owners import Owner
+from server.store.records import SessionRecord
+from server.store.store import Store
+from server.text.tokenizer import Tokenizer
+from tests.fixtures.tiny_tokenizer import write_tokenizer
+
+ANN, BEN = Owner("ann", b"a"), Owner("ben", b"b")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store.open(None, tmp_path / "data")
+    yield store
+    store.close()
+
+
+def request(key: str | None, body: bytes = b"{}", path: str = "/v1/sessions") -> Request:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [] if key is None else [(b"idempotency-key", key.encode())]
+    return Request({"type": "http", "method": "POST", "path": path, "headers": headers}, receive)
+
+
+class Works:
+    """Something that makes a session, as a route does, and counts how often."""
+
+    def __init__(self, store: Store, retention: float = 3600.0) -> None:
+        self.keys = Idempotency(store, retention)
+        self._store = store
+        self.count = 0
+
+    async def make(self, once: Once) -> None:
+        self.count += 1
+        id = f"sess_{self.count}"
+        record = SessionRecord(id=id, owner="ann", created_at=1.0, updated_at=1.0)
+        if once.record is not None:
+            once.record.target = id
+        await self._store.create_session(record, once.record)
+        once.made = id
+
+    async def __call__(self, sent: Request, owner: Owner = ANN) -> Any:
+        async with self.keys.once(sent, owner) as once:
+            if once.made is None:
+                await self.make(once)
+            return once.made
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(work())  # type: ignore[arg-type]
+
+
+def test_without_a_key_each_request_is_done(store: Store) -> None:
+    async def work() -> None:
+        works = Works(store)
+        assert [await works(request(None)) for _ in range(2)] == ["sess_1", "sess_2"]
+
+    run(work)
+
+
+def test_the_same_request_is_done_once(store: Store) -> None:
+    async def work() -> None:
+        works = Works(store)
+        made = [await works(request("k")) for _ in range(3)]
+        assert made == ["sess_1"] * 3
+        assert await works(request("another")) == "sess_2"
+        assert await works(request("k"), BEN) == "sess_3"  # a key belongs to its owner
+
+    run(work)
+
+
+def test_concurrent_ones_wait_for_the_first(store: Store) -> None:
+    async def work() -> None:
+        works = Works(store)
+        made = await asyncio.gather(*(works(request("k")) for _ in range(200)))
+        assert set(made) == {"sess_1"}
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "other", [request("k", b"{ }"), request("k", path="/v1/sessions/import")], ids=["body", "path"]
+)
+def test_another_request_with_the_key_is_a_conflict(store: Store, other: Request) -> None:
+    async def work() -> None:
+        works = Works(store)
+        await works(request("k"))
+        with pytest.raises(IdempotencyConflict) as caught:
+            await works(other)
+        assert caught.value.headers() == {"x-should-retry": "false"}
+        assert works.count == 1
+        # Also where only the store knows the key: after a restart.
+        with pytest.raises(IdempotencyConflict):
+            await Works(store)(other)
+
+    run(work)
+
+
+def test_a_stored_key_outlives_the_process(store: Store) -> None:
+    async def work() -> None:
+        assert await Works(store)(request("k")) == "sess_1"
+        later = Works(store)
+        made = await asyncio.gather(*(later(request("k")) for _ in range(5)))
+        assert (set(made), later.count) == ({"sess_1"}, 0)
+
+    run(work)
+
+
+def test_a_request_that_fails_leaves_its_key_free(store: Store) -> None:
+    async def work() -> None:
+        works = Works(store)
+        began, go_on = asyncio.Event(), asyncio.Event()
+
+        async def failing() -> None:
+            async with works.keys.once(request("k"), ANN):
+                began.set()
+                await go_on.wait()
+                raise InvalidRequest("no")
+
+        first = asyncio.create_task(failing())
+        await began.wait()
+        others = [asyncio.create_task(works(request("k"))) for _ in range(3)]
+        go_on.set()
+        with pytest.raises(InvalidRequest):
+            await first
+        assert {await other for other in others} == {"sess_1"}
+        assert works.count == 1
+
+    run(work)
+
+
+def test_a_request_that_was_left_leaves_its_key_free(store: Store) -> None:
+    async def work() -> None:
+        works = Works(store)
+
+        @asynccontextmanager
+        async def held() -> AsyncIterator[None]:
+            async with works.keys.once(request("k"), ANN):
+                yield
+
+        async def hanging() -> None:
+            async with held():
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(hanging())
+        while not works.keys._entries:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await works(request("k")) == "sess_1"
+
+    run(work)
+
+
+def test_keys_are_forgotten_after_their_time(store: Store) -> None:
+    async def work() -> None:
+        works = Works(store, retention=1e-9)
+        assert await works(request("k")) == "sess_1"
+        # A store that still has the row says no to a second one with the same key.
+        await store.expire(2**40, 0)
+        assert await works(request("k", b'{"title": "x"}')) == "sess_2"
+
+    run(work)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(1, True), (255, True), (256, False), (0, False)])
+def test_the_length_of_keys(store: Store, length: int, fits: bool) -> None:
+    async def work() -> None:
+        works = Works(store)
+        if fits:
+            assert await works(request("k" * length)) == "sess_1"
+            return
+        with pytest.raises(InvalidRequest) as caught:
+            await works(request("k" * length))
+        assert caught.value.param == "Idempotency-Key"
+
+    run(work)
+
+
+def test_a_plain_answer_that_was_cancelled_is_made_again(store: Store, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+
+    def generation() -> list[Generation]:
+        return [
+            Generation(
+                id="gen_0",
+                owner=ANN,
+                prompt_token_ids=[5],
+                params=SamplingParams(),
+                stop=(),
+                tokenizer=tokenizer,
+                on_end=lambda generation, event: generation.publish(event),
+            )
+        ]
+
+    async def work() -> None:
+        keys = Idempotency(store, 3600.0)
+
+        async def ask() -> Any:
+            async with keys.once(request("k"), ANN) as once:
+                if once.made is None:
+                    once.made = generation()
+                return once.made
+
+        first = await ask()
+        assert await ask() is first
+        first[0].cancel()  # its client left
+        second = await ask()
+        assert second is not first
+        second[0].publish(Done("stop"))
+        assert await ask() is second
+
+    run(work)
