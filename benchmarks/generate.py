@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def generate(model: Any, seed: int) -> float:
     return float((out.shape[1] - 100) / (time.perf_counter() - started))
 
 
-def serve() -> tuple[subprocess.Popen[str], str]:
+def serve(data: str) -> tuple[subprocess.Popen[str], str]:
     """A server on a free port, once it is ready."""
-    serve = ["serve", MODEL, "--port", "0", "--disk-cache", "off"]
+    serve = ["serve", MODEL, "--port", "0", "--disk-cache", "off", "--data", data]
     command = [sys.executable, "-m", "server.cli", *serve]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -107,7 +108,8 @@ def load(url: str, seed: int) -> float:
 def main() -> None:
     model = transformers_model(resolve(MODEL).weights[0])
     generate(model, seed=99)
-    process, url = serve()
+    data = tempfile.TemporaryDirectory()
+    process, url = serve(data.name)
     rounds = []
     try:
         for i in range(ROUNDS):
@@ -115,6 +117,7 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait()
+        data.cleanup()
     ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
     table = Table(title=f"{MODEL}, {NUM_TOKENS} tokens after 100")
     for column in ("what", "tokens/s, median", "each round"):

@@ -12,6 +12,14 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What the output must be: `text` is a JSON schema, nothing (`json_object`: any object), a
+    regular expression that the whole output matches, or a Lark grammar of llguidance's."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one request are drawn. Bounds are checked at the edge and in `validate`.
 
@@ -19,7 +27,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     for no log-probabilities, 0 for the sampled token's alone. `prompt_logprobs` asks for those of
     the prompt. `seed`, `prompt_index`, `choice_index` and the position determine each draw.
     `min_tokens` and `max_tokens` count output tokens. `stop_token_ids` end the request;
-    with `ignore_eos` the model's own end tokens do not.
+    with `ignore_eos` the model's own end tokens do not. With a `grammar` the output is one of its
+    texts, and ends where it can go on no further or an end token is drawn.
     """
 
     temperature: float = 1.0
@@ -39,6 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     prompt_index: int = 0
     choice_index: int = 0
+    grammar: Grammar | None = None
 
 
 class Request:

@@ -72,6 +72,7 @@ class NativeOps:
         self._engine = self._library.hw_create(num_threads)
         weakref.finalize(self, self._library.hw_destroy, self._engine)
         self._programs: weakref.WeakKeyDictionary[Decoder, Program] = weakref.WeakKeyDictionary()
+        self._head: tuple[Weight, int, Program] | None = None  # of the last logits
         self.id = f"native {self._kernels.instruction_set} {self._kernels.id}"
         if quantize != "none":
             self.id += f" {quantize}"
@@ -162,7 +163,14 @@ class NativeOps:
 
     def logits(self, hidden: torch.Tensor, head: Weight) -> torch.Tensor:
         """[rows, hidden] fp32 -> [rows, vocab] fp32."""
-        return self.evaluate(lambda ops, x: ops.linear(x, head), hidden)
+        assert isinstance(head, Packed)
+        if self._head is None or self._head[0] is not head:
+            recorder = Recorder()
+            rows = recorder.input(hidden.shape[1])
+            self._head = head, rows.buffer, recorder.program(recorder.linear(rows, head))
+        _, buffer, program = self._head
+        given = {buffer: hidden.contiguous()}
+        return self._execute(program, None, None, None, None, None, given)
 
     def sample(
         self,
