@@ -1,0 +1,208 @@
+"""Responses across kill -9: what is kept, what goes on, what is found in the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from server.owners import key_line, make_key
+from tests.e2e.streams import stream_events
+from tests.fixtures.server import Server, serving, wait_until
+from tests.server.test_disk_cache import kill_all, wait_written
+
+Json = dict[str, Any]
+LONG = "The river runs to the sea, and nobody knows why it bends. " * 2
+SAID: Json = {"instructions": "Answer in verse.", "max_output_tokens": 40, "ignore_eos": True}
+
+
+def post(server: Server, **body: Any) -> Json:
+    answer = httpx.post(f"{server.url}/v1/responses", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    document: Json = answer.json()
+    return document
+
+
+def get(server: Server, id: str) -> Json:
+    document: Json = httpx.get(f"{server.url}/v1/responses/{id}", timeout=60).json()
+    return document
+
+
+def events(server: Server, id: str, after: int | None = None, count: int = 1 << 30) -> list[Json]:
+    """The first `count` events of a stream after the number `after`."""
+    query = {"stream": "true", **({} if after is None else {"starting_after": after})}
+    found: list[Json] = []
+    url = f"{server.url}/v1/responses/{id}"
+    with httpx.stream("GET", url, params=query, timeout=60) as response:
+        assert response.status_code == 200
+        for event in stream_events(response):
+            found.append(event.data)
+            if len(found) == count:
+                break
+    return found
+
+
+def cached(response: Json) -> int:
+    return int(response["usage"]["input_tokens_details"]["cached_tokens"])
+
+
+def num_tokens(response: Json) -> int:
+    return int(response["usage"]["total_tokens"])
+
+
+def test_branches_find_their_parent_on_the_disk(tiny_model: Path, tmp_path: Path) -> None:
+    env = {"HEADWATER_DATA": str(tmp_path)}
+    with serving(str(tiny_model), env=env) as server:
+        first = post(server, input=LONG, seed=1, **SAID)
+        whole = num_tokens(first)
+        branch = post(server, input="Why?", previous_response_id=first["id"], seed=2, **SAID)
+        assert cached(branch) >= (whole - 1) // 16 * 16
+        wait_written(server, whole - 1)
+        kill_all(server)
+    with serving(str(tiny_model), env=env) as server:
+        assert get(server, first["id"]) == first
+        for text in ("Why?", "Where?", "Who?"):
+            again = post(server, input=text, previous_response_id=first["id"], seed=2, **SAID)
+            assert cached(again) >= (whole - 1) // 16 * 16
+            if text == "Why?":
+                assert again["output"][0]["content"] == branch["output"][0]["content"]
+        assert server.metric("headwater_prefix_hit_tokens_total", tier="disk") > 0
+        kill_all(server)
+
+
+def test_what_runs_in_the_background_goes_on_and_what_does_not_ends(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    env = {"HEADWATER_DATA": str(tmp_path)}
+    body: Json = {"input": "Tell me all", "seed": 5, "ignore_eos": True, "max_output_tokens": 400}
+    with serving(str(tiny_model), env=env) as server:
+        undisturbed = post(server, **body, background=True)["id"]
+        expected = events(server, undisturbed)
+        conversation = httpx.post(f"{server.url}/v1/conversations", json={}).json()["id"]
+        post(server, input="Hello", conversation=conversation, max_output_tokens=4)
+
+        background = post(server, **body, background=True)["id"]
+        heard = events(server, background, count=20)
+        waited_for = ""
+        with httpx.stream(
+            "POST",
+            f"{server.url}/v1/responses",
+            json={**body, "stream": True, "conversation": conversation},
+            timeout=60,
+        ) as response:
+            for i, event in enumerate(stream_events(response)):
+                waited_for = waited_for or event.data["response"]["id"]
+                if i == 10:
+                    kill_all(server)
+                    break
+    with serving(str(tiny_model), env=env) as server:
+        wait_until(server.ready, 30, "the server is not ready")
+        rest = events(server, background, after=heard[-1]["sequence_number"])
+
+        def said(all_events: list[Json]) -> list[Json]:
+            """What must be the same for the same seed: all but ids and times."""
+            return [
+                {key: event.get(key) for key in ("type", "sequence_number", "delta", "text")}
+                for event in all_events
+            ]
+
+        assert said([*heard, *rest]) == said(expected)
+        assert [*heard, *rest] == events(server, background)
+        assert get(server, waited_for)["status"] == "cancelled"
+        items = f"{server.url}/v1/conversations/{conversation}/items"
+        assert len(httpx.get(items).json()["data"]) == 2
+        kill_all(server)
+
+
+def test_whoever_leaves_ends_it_but_in_the_background(tiny_model: Path) -> None:
+    with serving(str(tiny_model)) as server:
+        body: Json = {"input": "Tell me all", "stream": True, "ignore_eos": True}
+        found: list[str] = []
+        for background in (False, True):
+            with httpx.stream(
+                "POST", f"{server.url}/v1/responses", json={**body, "background": background}
+            ) as response:
+                found += [next(stream_events(response)).data["response"]["id"]]
+        plain, background_one = found
+        wait_until(lambda: get(server, plain)["status"] == "cancelled", 10, "it was not cancelled")
+        wait_until(
+            lambda: get(server, background_one)["status"] == "incomplete", 30, "it did not go on"
+        )
+        server.wait_idle()
+
+
+def test_responses_are_kept_for_a_while(tiny_model: Path) -> None:
+    options = ("--response-retention", "2", "--stream-retention", "1")
+    with serving(str(tiny_model), *options) as server:
+        first = post(server, input="Hello", max_output_tokens=4)
+        conversation = httpx.post(f"{server.url}/v1/conversations", json={}).json()["id"]
+        post(server, input="Hello", conversation=conversation, max_output_tokens=4)
+
+        def expired() -> bool:
+            url = f"{server.url}/v1/responses/{first['id']}"
+            stream = httpx.get(url, params={"stream": "true"})
+            return stream.status_code == 404
+
+        wait_until(expired, 20, "its events are still there")
+        wait_until(lambda: "error" in get(server, first["id"]), 20, "it is still there")
+        items = httpx.get(f"{server.url}/v1/conversations/{conversation}/items").json()["data"]
+        assert len(items) == 2
+
+
+@pytest.mark.e2e
+def test_the_default_model_answers_the_sdk(default_server: Server) -> None:
+    with OpenAI(base_url=f"{default_server.url}/v1", api_key="any", max_retries=0) as client:
+        first = client.responses.create(
+            model="any", input="Name a river.", temperature=0, max_output_tokens=24
+        )
+        second = client.responses.create(
+            model="any",
+            input="Where does it end?",
+            previous_response_id=first.id,
+            temperature=0,
+            max_output_tokens=24,
+        )
+        assert first.output_text and second.output_text
+        assert second.usage is not None and first.usage is not None
+        cached = second.usage.input_tokens_details.cached_tokens
+        assert cached >= (first.usage.total_tokens - 1) // 16 * 16
+
+
+def test_nobody_finds_what_is_somebody_elses(tiny_model: Path, tmp_path: Path) -> None:
+    keys = {"alice": make_key(), "bob": make_key()}
+    path = tmp_path / "keys"
+    path.write_text("\n".join(key_line(name, key) for name, key in keys.items()))
+    path.chmod(0o600)
+    with serving(str(tiny_model), "--api-keys-file", str(path)) as server:
+        alice, bob = (
+            httpx.Client(base_url=server.url, headers={"x-api-key": key}, timeout=60)
+            for key in keys.values()
+        )
+        with alice, bob:
+            conversation = alice.post("/v1/conversations", json={}).json()["id"]
+            body: Json = {"input": "Hello", "max_output_tokens": 4, "conversation": conversation}
+            response = alice.post("/v1/responses", json=body).json()["id"]
+            item = alice.get(f"/v1/conversations/{conversation}/items").json()["data"][0]["id"]
+            names = {"/v1/responses/": response, "/v1/conversations/": conversation}
+            tried = 0
+            for template, methods in bob.get("/openapi.json").json()["paths"].items():
+                prefix = next((p for p in names if template.startswith(p)), None)
+                if prefix is None:
+                    continue
+                target = template.replace("{id}", names[prefix]).replace("{item_id}", item)
+                for method in methods:
+                    sent: Json = {"items": [{"role": "user", "content": "x"}]}
+                    answer = bob.request(method, target, json=sent if method == "post" else None)
+                    assert answer.status_code == 404, f"{method} {target}: {answer.text}"
+                    tried += 1
+            assert tried == 11
+            for body in (
+                {"input": "x", "conversation": conversation},
+                {"input": "x", "previous_response_id": response},
+            ):
+                assert bob.post("/v1/responses", json=body).status_code == 404
+            assert alice.get(f"/v1/responses/{response}").status_code == 200
+            assert len(alice.get(f"/v1/conversations/{conversation}/items").json()["data"]) == 2
