@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check format lock clean
+.PHONY: help run test test-slow check format openapi lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -48,6 +48,9 @@ $(VENV)/run.stamp: requirements/run.txt requirements/torch.txt pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	@$(PIP) install --require-hashes -r requirements/dev.txt
 	@touch $@
+
+openapi: $(VENV)/dev.stamp  ## write docs/openapi.json anew
+	@$(BIN)/python -m server.openapi > docs/openapi.json
 
 lock: $(VENV)/dev.stamp  ## write requirements/*.txt anew from requirements/*.in
 	@$(PIP) install pip-tools

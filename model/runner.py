@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from model.attention import AttentionMetadata
 from model.decoder import Decoder
+from model.engine.grammars import Matcher
 from model.engine.messages import RequestError, TokenLogprob
+from model.engine.refusal import grammar_refused
 from model.engine.request import Request
 from model.engine.scheduler import ScheduledBatch, ScheduledSequence
+from model.grammar import GrammarError, deep_thread
 from model.kv import KVCache
 from model.sampling.sampler import SampledToken, Sampler, SamplingRow
 
@@ -41,9 +47,14 @@ class ModelRunner:
         self._end_token_ids = end_token_ids
         self._device = device
 
+    @cached_property
+    def _matching(self) -> ThreadPoolExecutor:
+        return deep_thread("matchers")
+
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Compute the batch's tokens and draw for the sequences that reached their end."""
+        matched = self._advance_matchers([s.request for s in batch.sequences if s.samples])
         token_ids, meta = self._tensors(batch.sequences)
         hidden = self._decoder.forward(token_ids, self._kv, meta)
         result = StepResult()
@@ -53,10 +64,20 @@ class ModelRunner:
             last = torch.tensor([meta.query_start[i + 1] - 1 for i in sampling])
             logits = self._decoder.logits(hidden[last.to(self._device)])
             requests = [batch.sequences[i].request for i in sampling]
+            if matched is not None:
+                result.drawn.update(matched.result())
             drawn = self._sampler.sample(logits, [self._sampling_row(r) for r in requests])
             for request, token in zip(requests, drawn, strict=True):
                 result.drawn.setdefault(request.id, token)
         return result
+
+    def _advance_matchers(
+        self, requests: Sequence[Request]
+    ) -> Future[dict[str, RequestError]] | None:
+        """What a grammar allows is a function of the tokens so far, so it is found beside the
+        forward pass. The result has those that fail; None where there are no grammars."""
+        pairs = [(r, r.matcher) for r in requests if isinstance(r.matcher, Matcher)]
+        return self._matching.submit(_advance, pairs) if pairs else None
 
     def _tensors(
         self, sequences: list[ScheduledSequence]
@@ -100,6 +121,7 @@ class ModelRunner:
                 output_token_ids=request.output_token_ids,
                 end_token_ids=tuple(dict.fromkeys(ends + params.stop_token_ids)),
                 position=0,
+                allowed=request.matcher.allowed if isinstance(request.matcher, Matcher) else None,
             )
             request.sampling = row
         row.position = len(request.token_ids)
@@ -134,3 +156,15 @@ class ModelRunner:
             except ValueError as error:  # this request's own trouble
                 failure = RequestError("server_error", "internal", str(error))
                 result.drawn[s.request.id] = failure
+
+
+def _advance(pairs: list[tuple[Request, Matcher]]) -> dict[str, RequestError]:
+    failed: dict[str, RequestError] = {}
+    for request, matcher in pairs:
+        try:
+            matcher.advance(request.output_token_ids)
+        except GrammarError as error:
+            failed[request.id] = grammar_refused(error)
+        except BaseException as error:  # a panic in Rust is no Exception
+            failed[request.id] = RequestError("server_error", "internal", f"grammar: {error}")
+    return failed

@@ -12,9 +12,20 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-import server
 from model.hub import ModelFiles
-from server.api import chat, completions, health, models, sessions, streams, tokens
+from server.api import (
+    chat,
+    completions,
+    conversations,
+    docs,
+    health,
+    messages,
+    models,
+    responses,
+    sessions,
+    streams,
+    tokens,
+)
 from server.errors import (
     HeadwaterError,
     InvalidRequest,
@@ -25,6 +36,7 @@ from server.errors import (
 )
 from server.gates import HostGate, OwnerGate
 from server.middleware import MAX_BODY_BYTES, RequestGate
+from server.openapi import DescribedApp
 from server.owners import Owners
 from server.responses import error_response, validation_error
 from server.services import Services
@@ -47,18 +59,30 @@ def create_app(settings: Settings, files: ModelFiles, owners: Owners, store: Sto
         finally:
             await services.stop()
 
-    app = FastAPI(
-        title="Headwater",
-        version=server.__version__,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-    )
+    app = DescribedApp(lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.services = services
-    for router in (chat, completions, sessions, streams, models, tokens, health):
-        app.include_router(router.router)
+    with_routes(app)
     _handle_errors(app, services)
     _add_gates(app, services)
+    return app
+
+
+def with_routes(app: DescribedApp) -> DescribedApp:
+    """`app`, with all routes."""
+    for router in (
+        chat,
+        completions,
+        responses,
+        conversations,
+        messages,
+        sessions,
+        streams,
+        models,
+        tokens,
+        health,
+        docs,
+    ):
+        app.include_router(router.router)
     return app
 
 
@@ -98,37 +122,42 @@ def begin_drain(app: FastAPI, grace: float, then: Callable[[], None]) -> None:
 
 
 def _handle_errors(app: FastAPI, services: Services) -> None:
-    def answer(error: HeadwaterError) -> Response:
+    def answer(request: Request, error: HeadwaterError) -> Response:
         services.metrics.errors.labels(error.code).inc()
-        return error_response(error)
+        return error_response(error, request.scope)
 
     @app.exception_handler(HeadwaterError)
-    async def known(_: Request, error: HeadwaterError) -> Response:
-        return answer(error)
+    async def known(request: Request, error: HeadwaterError) -> Response:
+        return answer(request, error)
 
     @app.exception_handler(StoreError)
-    async def not_stored(_: Request, error: StoreError) -> Response:
-        return answer(ServerError(f"nothing was changed: {error}"))
+    async def not_stored(request: Request, error: StoreError) -> Response:
+        return answer(request, ServerError(f"nothing was changed: {error}"))
 
     @app.exception_handler(TokenizerError)
-    async def not_unicode(_: Request, error: TokenizerError) -> Response:
-        return answer(InvalidRequest(str(error)))
+    async def not_unicode(request: Request, error: TokenizerError) -> Response:
+        return answer(request, InvalidRequest(str(error)))
+
+    @app.exception_handler(UnicodeEncodeError)
+    async def half_a_pair(request: Request, _: Exception) -> Response:
+        said = "the body has half of a surrogate pair, which no answer can hold"
+        return answer(request, InvalidRequest(said))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return answer(validation_error(error))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, validation_error(error))
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         path, method = request.scope["path"], request.scope["method"]
         if error.status_code == 404:
-            return answer(NotFound(f"there is nothing at {path}"))
+            return answer(request, NotFound(f"there is nothing at {path}"))
         if error.status_code == 405:
-            response = answer(MethodNotAllowed(f"{method} is not possible on {path}"))
+            response = answer(request, MethodNotAllowed(f"{method} is not possible on {path}"))
             response.headers.update(error.headers or {})
             return response
         if error.status_code == 413:
-            return answer(RequestTooLarge(f"the body is over {MAX_BODY_BYTES} bytes"))
+            return answer(request, RequestTooLarge(f"the body is over {MAX_BODY_BYTES} bytes"))
         if error.status_code < 500:
-            return answer(InvalidRequest(str(error.detail)))
-        return answer(ServerError("something went wrong in the server; it is in its log"))
+            return answer(request, InvalidRequest(str(error.detail)))
+        return answer(request, ServerError("something went wrong in the server; it is in its log"))

@@ -115,6 +115,9 @@ def serve(
     stream_retention: Annotated[
         float | None, typer.Option(help="seconds that ended streams can be read [3600]")
     ] = None,
+    response_retention: Annotated[
+        float | None, typer.Option(help="seconds that responses are kept [2592000]")
+    ] = None,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="the keys that are let in; headwater key makes them")
     ] = None,
@@ -148,6 +151,7 @@ def serve(
             data=data,
             store=store,
             stream_retention=stream_retention,
+            response_retention=response_retention,
             api_keys_file=api_keys_file,
             no_auth=no_auth,
             allowed_hosts=allowed_hosts,

@@ -116,7 +116,7 @@ async def _refuse(
     error: HeadwaterError, metrics: Metrics, scope: Scope, receive: Receive, send: Send
 ) -> None:
     metrics.errors.labels(error.code).inc()
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope)(scope, receive, send)
 
 
 async def _no_websocket(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

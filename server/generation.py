@@ -19,6 +19,7 @@ from model.engine.request import SamplingParams
 from server.errors import HeadwaterError, ServerError, from_engine
 from server.owners import Owner
 from server.store.records import GenerationKind, TurnRecord
+from server.text.answer_text import PLAIN, Markup
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
@@ -109,6 +110,8 @@ class Generation:
     on_end: Callable[[Generation, Done | Failed], None]
     resumed_token_ids: list[int] = field(default_factory=list)
     durable: Durable | None = None
+    markup: Markup = PLAIN
+    """How the text is read by wires that tell tool calls and reasoning from it."""
     created_at: float = field(default_factory=time.time)
     request_id: str = ""
     """Its name in the engine, another one each time that it is submitted: what is still on its way
@@ -370,8 +373,12 @@ class Generation:
         """Text is left that no whole token shows: the part of one before a stop string."""
         if self._held_text:
             ids = self.tokenizer.encode(self._held_text, special=False, continues=True)
+            shown = Detokenizer(self.tokenizer.token_bytes)
+            pieces = [shown.feed(token_id).text for token_id in ids]
+            if "".join(pieces) != self._held_text:
+                pieces = [""] * (len(ids) - 1) + [self._held_text]
             self.token_ids += ids
-            self.pieces += [""] * (len(ids) - 1) + [self._owed_text + self._held_text]
+            self.pieces += [self._owed_text + pieces[0], *pieces[1:]]
             self._held_text = self._owed_text = ""
 
     def _flush(self, reason: Literal["stop", "length"]) -> None:

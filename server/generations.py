@@ -32,6 +32,7 @@ from server.errors import (
 from server.generation import Done, Durable, Failed, Generation
 from server.metrics import Metrics
 from server.owners import Owner
+from server.text.answer_text import PLAIN, Markup
 from server.text.tokenizer import Tokenizer
 
 log = structlog.get_logger()
@@ -100,6 +101,7 @@ class Generations:
         owner: Owner,
         n: int = 1,
         stop: Sequence[str] = (),
+        markup: Markup = PLAIN,
     ) -> list[Generation]:
         """Submit `n` choices for each prompt (token ids), in order; all of them or none.
 
@@ -113,6 +115,7 @@ class Generations:
                 ),
                 owner=owner,
                 stop=stop,
+                markup=markup,
             )
             for prompt_index, prompt in enumerate(prompts)
             for choice_index in range(n)
@@ -130,6 +133,7 @@ class Generations:
         stop: Sequence[str] = (),
         resumed_token_ids: Sequence[int] = (),
         durable: Durable | None = None,
+        markup: Markup = PLAIN,
     ) -> Generation:
         """A generation that is not submitted yet."""
         return Generation(
@@ -142,6 +146,7 @@ class Generations:
             on_end=self._ended,
             resumed_token_ids=list(resumed_token_ids),
             durable=durable,
+            markup=markup,
         )
 
     def submit(self, generation: Generation) -> None:
@@ -243,11 +248,10 @@ class Generations:
 
     def engine_lost(self, error: HeadwaterError | None) -> None:
         """The engine is gone; with `error` no other one will come."""
-        open_ones = [g for g in self.live if not g.closing]
         if error is not None:
-            for generation in open_ones:
-                generation.close(Failed(error))
+            self.end_all(error)
             return
+        open_ones = [g for g in self.live if not g.closing]
         sent_at, self._sent_at = self._sent_at, {}
         for generation in open_ones:
             start = sent_at.get(generation.id)

@@ -31,6 +31,7 @@ from server.store.records import (
     TurnRecord,
 )
 from server.store.store import Store
+from server.text.answer_text import PLAIN, Markup
 
 log = structlog.get_logger()
 
@@ -167,11 +168,12 @@ class Journal:
         owner: Owner,
         stop: Sequence[str],
         idempotency: IdempotencyRecord | None,
+        markup: Markup = PLAIN,
     ) -> Generation:
         """Store and run one that outlives its client and this process, without a session."""
         self._generations.check_room(owner)
         generation = self._generations.make(
-            prompt, params, owner=owner, stop=stop, durable=Durable("chat")
+            prompt, params, owner=owner, stop=stop, durable=Durable("chat"), markup=markup
         )
         if idempotency is not None:
             idempotency.target = generation.id
@@ -199,7 +201,11 @@ class Journal:
             prompt_token_ids=generation.prompt_token_ids,
             resumed_token_ids=generation.resumed_token_ids,
             params=_encoder.encode(generation.params),
-            extra={"stop": list(generation.stop), "tokenizer": self._fingerprint},
+            extra={
+                "stop": list(generation.stop),
+                "tokenizer": self._fingerprint,
+                "markup": msgspec.to_builtins(generation.markup),
+            },
             created_at=generation.created_at,
         )
 
@@ -272,6 +278,7 @@ class Journal:
             owner=self._owners.named(record.owner) if record.owner else self._owners.local,
             stop=stop,
             resumed_token_ids=record.resumed_token_ids,
+            markup=msgspec.convert(record.extra.get("markup", {}), Markup),
         )
         generation.id = record.id
         generation.created_at = record.created_at

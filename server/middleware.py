@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import HeadwaterError, RequestTooLarge, ServerError, UnsupportedMediaType
 from server.metrics import Metrics
-from server.responses import error_response
+from server.responses import error_response, speaks_anthropic
 
 log = structlog.get_logger()
 
@@ -45,13 +45,15 @@ class RequestGate:
                     (b"x-request-id", request_id.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+                if speaks_anthropic(scope["path"]):
+                    message["headers"] += [(b"request-id", request_id.encode())]
             await send(message)
 
         try:
             error = _refusal(scope)
             if error is not None:
                 self._metrics.errors.labels(error.code).inc()
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope)(scope, receive, send_with_id)
             else:
                 await self._app(scope, _body(scope, receive), send_with_id)
         except Exception:
@@ -60,7 +62,7 @@ class RequestGate:
                 raise
             failure = ServerError("something went wrong in the server; it is in its log")
             self._metrics.errors.labels(failure.code).inc()
-            await error_response(failure)(scope, receive, send_with_id)
+            await error_response(failure, scope)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()

@@ -8,10 +8,13 @@ from typing import Any
 import msgspec
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
+from starlette.types import Scope
 
 from server.errors import HeadwaterError, InvalidRequest
 
 _encoder = msgspec.json.Encoder()
+
+_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 500: "api_error"}
 
 
 def json_response(
@@ -23,15 +26,45 @@ def json_response(
     )
 
 
-def error_response(error: HeadwaterError) -> Response:
-    """The wire's error shape, with Retry-After where it helps."""
-    return json_response(error.body(), error.status, error.headers())
+def speaks_anthropic(path: str) -> bool:
+    """Whether what is at `path` answers in Anthropic's words."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def anthropic_error(error: HeadwaterError, request_id: str) -> dict[str, Any]:
+    """The error in Anthropic's shape, also for a frame in a stream."""
+    type = _ANTHROPIC_TYPES.get(error.status, error.type)
+    return {
+        "type": "error",
+        "error": {"type": type, "message": error.message},
+        "request_id": request_id,
+    }
+
+
+def error_response(error: HeadwaterError, scope: Scope) -> Response:
+    """The error in the shape that the path's clients expect, with Retry-After where it helps."""
+    body = error.body()
+    if speaks_anthropic(scope["path"]):
+        body = anthropic_error(error, scope["state"]["request_id"])
+    return json_response(body, error.status, error.headers())
+
+
+def _is_choice(part: int | str) -> bool:
+    """Whether pydantic means one of several types that a field may have, and no field."""
+    name = str(part)
+    return name in ("str", "constrained-str") or name.startswith(("list[", "function-"))
 
 
 def validation_error(error: RequestValidationError) -> InvalidRequest:
     """pydantic's word on a body or a query, naming the field."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    first, *others = error.errors()
+    if any(_is_choice(part) for part in first["loc"]):  # of those, the one that came furthest
+        first = max(first, *others, key=lambda one: len(one["loc"])) if others else first
+    where = [
+        str(part)
+        for part in first["loc"]
+        if part not in ("body", "query", "path") and not _is_choice(part)
+    ]
     param = ".".join(where)
     if first["type"] == "json_invalid":
         reason = str(first.get("ctx", {}).get("error", "")).strip()

@@ -15,6 +15,7 @@ from model.hub import ModelFiles
 from server.engine_client import EngineClient
 from server.errors import ServerDraining
 from server.generations import Generations
+from server.grammar_check import GrammarCheck
 from server.idempotency import Idempotency
 from server.journal import Journal
 from server.metrics import Metrics
@@ -23,9 +24,11 @@ from server.sessions import Sessions
 from server.settings import Settings
 from server.store.errors import StoreError
 from server.store.store import Store
+from server.stored_responses import Responses
 from server.supervisor import Supervisor
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.text.tool_template import ToolTemplate
 
 
 @dataclass
@@ -38,9 +41,11 @@ class Services:
     client: EngineClient
     supervisor: Supervisor
     generations: Generations
+    grammars: GrammarCheck
     store: Store
     journal: Journal
     sessions: Sessions
+    responses: Responses
     idempotency: Idempotency
     metrics: Metrics
     sampling_defaults: dict[str, float]
@@ -70,6 +75,7 @@ class Services:
             response_retention=settings.response_retention,
         )
         template = ChatTemplate.for_tokenizer(files.chat_template, tokenizer)
+        sessions = Sessions(store, journal, generations, client, tokenizer, ToolTemplate(template))
         return cls(
             settings=settings,
             files=files,
@@ -79,9 +85,11 @@ class Services:
             client=client,
             supervisor=Supervisor(settings, files, client, metrics),
             generations=generations,
+            grammars=GrammarCheck(tokenizer.special_tokens),
             store=store,
             journal=journal,
-            sessions=Sessions(store, journal, generations, client, tokenizer, template),
+            sessions=sessions,
+            responses=Responses(store, journal, generations, client, sessions),
             idempotency=Idempotency(store, settings.stream_retention),
             metrics=metrics,
             sampling_defaults=read_sampling_defaults(files.folder),

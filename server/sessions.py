@@ -35,6 +35,7 @@ from server.prompt import off_loop, room_for_answer
 from server.store.errors import StoreConflict
 from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
 from server.store.store import Store
+from server.text.appended_text import message_of
 from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.detokenizer import shown_text
 from server.text.history import Extension, drop_oldest, extend, path_token_ids
@@ -233,6 +234,29 @@ class Sessions:
         async with self.free(owner, session_id, "error") as session:
             await self.path(session, turn_id)
             await self._store.update_session(session.id, head=turn_id, updated_at=time.time())
+
+    async def leave_out(self, session: SessionRecord, path: list[TurnRecord], place: int) -> None:
+        """Move the head of a session that is `free` to a copy of its path without the turn at
+        `place`. What came before it stays as it is; what came after it is written anew."""
+        before, after = path[:place], path[place + 1 :]
+        now = time.time()
+        if not after:
+            head = before[-1].id if before else None
+            await self._store.update_session(session.id, head=head, updated_at=now)
+            return
+        messages = [message_of(turn) for turn in after]
+        extension = await self.extend(session, before, messages, None, None)
+        copies = self.new_turns(session, before, messages, extension)
+        for copy, turn in zip(copies, after, strict=True):
+            copy.content, copy.status = turn.content, turn.status
+            copy.finish_reason, copy.created_at = turn.finish_reason, turn.created_at
+            copy.notes |= {
+                "item": turn.notes.get("item") or turn.id.removeprefix("turn_"),
+                "generation": turn.generation or turn.notes.get("generation"),
+            }
+            if "response" in turn.notes:
+                copy.notes["response"] = turn.notes["response"]
+        await self._store.begin(copies, None, head=(session.id, copies[-1].id), updated_at=now)
 
     async def delete(self, owner: Owner, session_id: str) -> None:
         """The session, its logs, and its KV in every tier that no other session uses."""

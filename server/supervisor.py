@@ -190,6 +190,7 @@ class Supervisor:
             config=files.config,
             weights=tuple(str(path) for path in files.weights),
             fingerprint=files.fingerprint,
+            tokenizer=str(files.folder / "tokenizer.json"),
             device=settings.device,
             dtype=settings.dtype,
             ops=settings.ops,

@@ -182,6 +182,64 @@ def check_stream_cancel(output: str) -> None:
     assert document(output)["object"] == "generation"
 
 
+def objects(output: str) -> list[dict[str, Any]]:
+    """JSON objects, one a line."""
+    assert output.endswith("}\n")
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def named_events(output: str) -> list[tuple[str, dict[str, Any]]]:
+    """The events of a stream without ids."""
+    text = re.sub(r"^: .*\n", "", output, flags=re.MULTILINE)
+    return [
+        (name, json.loads(data))
+        for name, data in re.findall(r"^event: (\S+)\ndata: (\{.*\})\n$", text, re.MULTILINE)
+    ]
+
+
+def check_response(output: str) -> None:
+    second, items, *deleted = objects(output)
+    assert second["object"] == "response" and second["previous_response_id"]
+    assert [item["content"][0]["text"] for item in items["data"]] == ["And why do they flood?"]
+    assert [one["deleted"] for one in deleted] == [True, True]
+
+
+def check_response_stream(output: str) -> None:
+    found = named_events(output)
+    assert [event["sequence_number"] for _, event in found] == list(range(len(found)))
+    assert found[0][0] == "response.created"
+    assert found[-1][0] in ("response.completed", "response.incomplete")
+
+
+def check_response_background(output: str) -> None:
+    stream, _, last = output.rstrip("\n").rpartition("\n")
+    found = named_events(stream + "\n\n")
+    assert [event["sequence_number"] for _, event in found] == list(range(3, len(found) + 3))
+    assert json.loads(last)["id"] == found[-1][1]["response"]["id"]
+
+
+def check_conversation(output: str) -> None:
+    item, left, items, conversation, deleted = objects(output)
+    assert item["content"][0]["text"] == "I like rivers."
+    assert left["id"] == conversation["id"] == deleted["id"] and deleted["deleted"]
+    assert [one["role"] for one in items["data"]] == ["assistant", "user", "user"]
+    assert conversation["metadata"] == {"topic": "rivers"}
+
+
+def check_message(output: str) -> None:
+    body = document(output)
+    assert body["type"] == "message" and body["usage"]["output_tokens"] > 0
+
+
+def check_message_stream(output: str) -> None:
+    names = [name for name, _ in named_events(output)]
+    assert names[0] == "message_start" and names[-1] == "message_stop"
+
+
+def check_message_count(output: str) -> None:
+    assert document(output)["input_tokens"] > 0
+
+
 def check_models(output: str) -> None:
     body = document(output)
     assert body["object"] == "list" and len(body["data"]) == 1

@@ -8,16 +8,23 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 import typer
+from anthropic.types.message_create_params import MessageCreateParams as MessageParams
+from openai.types.chat.completion_create_params import CompletionCreateParams as ChatParams
+from openai.types.completion_create_params import CompletionCreateParams as CompletionParams
+from openai.types.responses.response_create_params import ResponseCreateParams as ResponseParams
 from pydantic import BaseModel
 
 from server import errors
 from server.api.chat import ChatRequest
 from server.api.completions import CompletionRequest
+from server.api.conversations import NewConversation
+from server.api.message_fields import MessagesRequest
+from server.api.response_fields import ResponseRequest
 from server.api.sampling import SamplingFields
 from server.api.session_fields import Defaults
 from server.api.sessions import Fork, NewSession, NewTurn
@@ -184,6 +191,9 @@ def test_every_route_is_documented_and_there(tiny_server: Server) -> None:
         ("## Sampling fields", SamplingFields, set()),
         ("## POST /v1/chat/completions", ChatRequest, set(SamplingFields.model_fields)),
         ("## POST /v1/completions", CompletionRequest, set(SamplingFields.model_fields)),
+        ("## POST /v1/responses", ResponseRequest, set(SamplingFields.model_fields)),
+        ("## POST /v1/messages", MessagesRequest, set(SamplingFields.model_fields)),
+        ("## Conversations", NewConversation, set()),
         ("## POST /tokenize", TokenizeRequest, set()),
         ("## POST /detokenize", DetokenizeRequest, set()),
     ],
@@ -194,6 +204,52 @@ def test_every_field_is_documented_and_there(
     documented = [quoted(cells[0]) for cells in rows(API, heading) if cells[0].startswith("`")]
     assert len(documented) == len(set(documented))
     assert set(documented) == set(body.model_fields) - common
+
+
+OFFICIAL: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    (
+        "### OpenAI: chat completions",
+        "/v1/chat/completions",
+        get_args(ChatParams),
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+    ),
+    (
+        "### OpenAI: completions",
+        "/v1/completions",
+        get_args(CompletionParams),
+        {"prompt": "Hi", "max_tokens": 1},
+    ),
+    (
+        "### OpenAI: responses",
+        "/v1/responses",
+        get_args(ResponseParams),
+        {"input": "Hi", "max_output_tokens": 1},
+    ),
+    (
+        "### Anthropic: messages",
+        "/v1/messages",
+        get_args(MessageParams),
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize(("heading", "path", "kinds", "body"), OFFICIAL)
+def test_every_field_of_the_official_apis_is_told_of_and_so_treated(
+    heading: str, path: str, kinds: tuple[Any, ...], body: dict[str, Any], tiny_server: Server
+) -> None:
+    table = {quoted(cells[0]): cells[1] for cells in rows(API, heading) if "`" in cells[0]}
+    assert set(table) == {
+        f for kind in kinds for f in kind.__required_keys__ | kind.__optional_keys__
+    }
+    assert set(table.values()) == {"supported", "ignored", "refused"}
+    for name, treatment in table.items():
+        value = {} if name == "stream_options" else "x"
+        answer = httpx.post(f"{tiny_server.url}{path}", json={**body, name: value}, timeout=30)
+        if treatment == "ignored":
+            assert answer.status_code == 200, f"{name}: {answer.text}"
+        elif treatment == "refused":
+            assert answer.status_code == 400 and name in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

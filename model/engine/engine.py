@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from model.engine.backing import Backing
+from model.engine.grammars import Grammars
 from model.engine.messages import (
     CacheQuery,
     CacheReport,
@@ -26,9 +27,10 @@ from model.engine.messages import (
 )
 from model.engine.prefill_clock import PrefillClock
 from model.engine.prefix import Key, root_key
-from model.engine.refusal import refusal
+from model.engine.refusal import grammar_refused, refusal
 from model.engine.request import FinishReason, Request
 from model.engine.scheduler import ScheduledBatch, Scheduler, Update
+from model.grammar import GrammarError
 
 QUEUE_SECONDS = 0.25  # between two reports of who stands where in the queue
 
@@ -62,8 +64,8 @@ class Runner(Protocol):
 
 class Engine:
     """Requests in, `StepOutputs` out. `static_root` is the hash of everything but the tenant that
-    could change a bit of the KV; `backing` is the tier behind the scheduler's pool; `clock` gives
-    seconds."""
+    could change a bit of the KV; `backing` is the tier behind the scheduler's pool; without
+    `grammars` none is taken; `clock` gives seconds."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Engine:
         static_root: Key,
         epoch: int = 0,
         backing: Backing | None = None,
+        grammars: Grammars | None = None,
         check_accounting: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -83,6 +86,8 @@ class Engine:
         self._vocab_size = vocab_size
         self._static_root = static_root
         self._backing = backing
+        self.grammars = grammars
+        self._held: dict[str, Request] = {}  # until their grammars are compiled
         self._reported = DiskStats()
         self._check_accounting = check_accounting
         self._clock = clock
@@ -105,7 +110,8 @@ class Engine:
 
     def submit(self, message: Submit) -> None:
         """Queue a request, or have its refusal in the next step's outputs. A resumed one whose
-        tokens say that it is over ends there too, with the reason that it would have had."""
+        tokens say that it is over ends there too, with the reason that it would have had. One
+        whose grammar is not compiled yet is held back until it is."""
         request = Request(
             message.request_id,
             message.prompt_token_ids,
@@ -121,14 +127,34 @@ class Engine:
         elif ended is not None:
             blocks = self.scheduler.block_states(request.root, request.token_ids[:-1])
             self._say_last(request, ended, [block.key for block in blocks])
+        elif message.params.grammar is not None:
+            self._held[request.id] = request
+            self.submit_compiled()
         else:
             self.scheduler.add(request)
+
+    def submit_compiled(self) -> None:
+        """Queue the requests that were held back and whose grammars are compiled now."""
+        for request in list(self._held.values()):
+            try:
+                if self.grammars is None:
+                    raise GrammarError("this engine has not the model's vocabulary")
+                request.matcher = self.grammars.matcher(request.params)
+            except GrammarError as error:
+                del self._held[request.id]
+                self._unsent.append(
+                    TokenOutput(request.id, finish_reason="error", error=grammar_refused(error))
+                )
+                continue
+            if request.matcher is not None:
+                del self._held[request.id]
+                self.scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> None:
         """These requests are gone, and their blocks free, when this returns. Those that report
         their blocks do so in the next outputs."""
         for request_id in request_ids:
-            request = self.scheduler.finish(request_id)
+            request = self._held.pop(request_id, None) or self.scheduler.finish(request_id)
             if request is None:
                 continue
             self._aborted += 1
@@ -198,7 +224,7 @@ class Engine:
             self._reported = self._backing.stats()
         return EngineStats(
             num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
+            num_waiting=self.scheduler.num_waiting + len(self._held),
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached,

@@ -12,12 +12,14 @@ from model.decoder import Decoder
 from model.engine.backing import Backing
 from model.engine.engine import Engine
 from model.engine.fault import with_fault
+from model.engine.grammars import Grammars, Vocabulary
 from model.engine.messages import ModelInfo, Start, Submit
 from model.engine.prefix import root_key
 from model.engine.request import SamplingParams
 from model.engine.scheduler import Scheduler
 from model.engine.threads import usable_cores
 from model.engine.tiers import DiskTier, TierUnavailable
+from model.grammar import vocabulary
 from model.hub.cache import GIB
 from model.hub.memory import available_memory
 from model.kv import KVCache
@@ -63,6 +65,7 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
             f"{config.max_position_embeddings} tokens that {start.name} was made for"
         )
     num_threads = start.threads or usable_cores()
+    grammars = _grammars(start)
     torch.set_num_threads(1)  # unpacking is many small ops: threads only wait for each other
     ops, warning = _ops(start, device, num_threads)
     if start.kv_memory is not None:
@@ -92,6 +95,7 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         static_root=static_root,
         epoch=start.epoch,
         backing=backing,
+        grammars=grammars,
         check_accounting=start.check_accounting,
     )
     info = ModelInfo(
@@ -121,6 +125,14 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
     if warning is not None:
         sys.stderr.write(f"headwater: {warning}\n")
     return engine, info
+
+
+def _grammars(start: Start) -> Grammars | None:
+    if start.tokenizer is None:
+        return None
+    tokenizer, vocab_size = Path(start.tokenizer), start.config.vocab_size
+    ends = start.config.eos_token_ids
+    return Grammars(lambda: Vocabulary(vocabulary(tokenizer, vocab_size, ends), ends))
 
 
 def _device(asked: str) -> torch.device:

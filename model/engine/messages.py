@@ -33,6 +33,7 @@ class Start(Message, tag="start"):
     config: DecoderConfig
     weights: tuple[str, ...]
     fingerprint: str
+    tokenizer: str | None = None  # a tokenizer.json; without one no grammar is taken
     device: str = "auto"
     dtype: str = "auto"
     ops: str = "auto"  # native, reference; avx2 and portable force a smaller instruction set

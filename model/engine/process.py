@@ -82,7 +82,8 @@ class Loop:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        # None only wakes the loop.
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._epoch = 0
         self._steps = 0
@@ -104,6 +105,8 @@ class Loop:
         except LoadError as error:
             self._channel.send(EngineFailed(str(error)))
             raise SystemExit(1) from None
+        if self._engine.grammars is not None:
+            self._engine.grammars.on_compiled = lambda: self._inbox.put(None)
         self._channel.send(EngineReady(start.epoch, info))
         while True:
             if not self._engine.has_work:
@@ -120,7 +123,7 @@ class Loop:
             else:
                 self._channel.send(self._engine.idle_report())
 
-    def _wait(self) -> ToEngine:
+    def _wait(self) -> ToEngine | None:
         """The next message; until it comes, blocks are brought to the disk."""
         assert self._engine is not None
         while (pause := self._engine.write_behind()) is not None:
@@ -137,9 +140,11 @@ class Loop:
             except queue.Empty:
                 return
 
-    def _take(self, message: ToEngine) -> None:
+    def _take(self, message: ToEngine | None) -> None:
         assert self._engine is not None
         match message:
+            case None:
+                self._engine.submit_compiled()
             case Submit():
                 self._engine.submit(message)
             case Abort():

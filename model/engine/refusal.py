@@ -10,6 +10,13 @@ import math
 
 from model.engine.messages import RequestError, Submit
 from model.engine.scheduler import Scheduler
+from model.grammar import GrammarError
+
+
+def grammar_refused(error: GrammarError) -> RequestError:
+    """The error of a request whose grammar cannot be followed, at its start or later."""
+    text = f"the grammar of this request cannot be followed: {error}"
+    return RequestError("invalid_request_error", "invalid_value", text)
 
 
 def refusal(

@@ -11,6 +11,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_GRAMMAR_BYTES = 64 * 1024
+
 
 class Grammar(msgspec.Struct, frozen=True):
     """What the output must be: `text` is a JSON schema, nothing (`json_object`: any object), a
@@ -65,6 +67,7 @@ class Request:
         "block_keys",
         "block_table",
         "id",
+        "matcher",
         "num_computed_tokens",
         "num_corrupt_blocks",
         "num_disk_tokens",
@@ -115,6 +118,7 @@ class Request:
         self.waiting_for: bytes | None = None  # the key of a block that another request computes
         self.arrival = 0
         self.sampling: object = None  # the runner's sampling state of this request
+        self.matcher: object = None  # where it is in its grammar, a `grammars.Matcher`
 
     def append(self, token_id: int) -> None:
         """A drawn token."""

@@ -449,7 +449,8 @@ class Scheduler:
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
         if token_id in params.stop_token_ids or (
-            token_id in self._end_token_ids and not params.ignore_eos
+            token_id in self._end_token_ids
+            and (not params.ignore_eos or params.grammar is not None)
         ):
             return "stop"
         if (

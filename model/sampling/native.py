@@ -28,7 +28,7 @@ from model.sampling.sampler import (
 )
 
 # SampleRow and SampleResult in sampling.hpp, field for field.
-ROW = struct.Struct("=4d5Q3f6i4x")
+ROW = struct.Struct("=4d6Q3f6i4x")
 RESULT = struct.Struct("=qd2f2i")
 _DRAWN, _NO_TOKEN = 0, 1
 _NO_TOPS = (torch.empty((0, 0), dtype=torch.int32), torch.empty((0, 0)))
@@ -76,7 +76,7 @@ class NativeSampler(Sampler):
         pointers, sizes = _NO_EDITS
         edits = row.prepared(self.vocab_size)
         if edits is not None:
-            pointers, sizes = edits.packed(row.output_token_ids)
+            pointers, sizes = edits.packed(row.output_token_ids, must_end=row.must_end)
         drawing = p.temperature > 0
         return (
             row.draw() if drawing else 0.0,
@@ -84,6 +84,7 @@ class NativeSampler(Sampler):
             p.min_p,
             p.presence_penalty,
             *pointers,
+            0 if row.allowed is None else row.allowed.address,
             bounded(p.temperature) if drawing else 0.0,
             p.repetition_penalty,
             p.frequency_penalty,

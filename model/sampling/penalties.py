@@ -129,16 +129,19 @@ class RowEdits:
         elif params.presence_penalty or params.frequency_penalty:
             self.counts = TokenCounts(vocab_size, [])
 
-    def packed(self, output_token_ids: Sequence[int]) -> tuple[Addresses, tuple[int, int, int]]:
+    def packed(
+        self, output_token_ids: Sequence[int], *, must_end: bool = False
+    ) -> tuple[Addresses, tuple[int, int, int]]:
         """The edits of one step for the native kernel: the addresses of token ids, their counts,
         bias ids, bias and banned ids, valid until the next call, and the sizes of the three lists.
-        Raises ValueError when an output token is outside the vocabulary."""
+        With `must_end` no end token is banned. Raises ValueError when an output token is outside
+        the vocabulary."""
         counted = (0, 0)
         num_counted = 0
         if self.counts is not None:
             num_counted = self.counts.update(output_token_ids)[0].size
             counted = self.counts.addresses
-        bans = len(output_token_ids) < self.params.min_tokens
+        bans = len(output_token_ids) < self.params.min_tokens and not must_end
         return (
             (*counted, *self._addresses),
             (num_counted, self.bias_ids.size, self.end_ids.size if bans else 0),
@@ -160,9 +163,16 @@ class EditBatch:
         """Whether there is nothing to apply."""
         return not (self._bias or self._penalised or self._banned)
 
-    def add(self, row: int, edits: RowEdits, output_token_ids: Sequence[int]) -> None:
-        """Take one row's edits. Raises ValueError when an output token is outside the vocabulary;
-        nothing of the row is taken then."""
+    def add(
+        self,
+        row: int,
+        edits: RowEdits,
+        output_token_ids: Sequence[int],
+        *,
+        must_end: bool = False,
+    ) -> None:
+        """Take one row's edits; with `must_end` no end token is banned. Raises ValueError when an
+        output token is outside the vocabulary; nothing of the row is taken then."""
         base = row * self._stride
         params = edits.params
         if edits.counts is not None:
@@ -172,7 +182,7 @@ class EditBatch:
             self._penalised.append((ids + base, repetition, lowered.astype(np.float32)))
         if edits.bias_ids.size:
             self._bias.append((edits.bias_ids + base, edits.bias_values))
-        if edits.end_ids.size and len(output_token_ids) < params.min_tokens:
+        if edits.end_ids.size and len(output_token_ids) < params.min_tokens and not must_end:
             self._banned.append(edits.end_ids + base)
 
     def apply(self, logits: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Logits to tokens, for the whole batch at once.
 
-In this order: logit bias, penalties, end tokens held back (`penalties`); then temperature, top-k,
+In this order: logit bias, penalties, end tokens held back (`penalties`); what a grammar does not
+allow is taken out (`allowed`); then temperature, top-k,
 top-p over what top-k left, min-p relative to the most probable token; then one counter-based draw
 (`draws`) by inverse CDF. Log-probabilities are of the raw distribution (`logprobs`).
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from model.engine.messages import RequestError, TokenLogprob
 from model.engine.request import SamplingParams
+from model.sampling.allowed import AllowedTokens
 from model.sampling.draws import uniform
 from model.sampling.logprobs import BLOCK, block_sums, in_blocks, raw_logprobs
 from model.sampling.penalties import EditBatch, RowEdits, needs_edits
@@ -38,7 +40,8 @@ class SamplingRow:
     time only for what is new.
 
     `end_token_ids` are all ids that would end the request (the model's own unless ignored, and the
-    stop ids). `position` is that of the token to be drawn: len(prompt) + len(output).
+    stop ids). `position` is that of the token to be drawn: len(prompt) + len(output). `allowed`
+    are the tokens that may be drawn, where not all of them may.
     """
 
     params: SamplingParams
@@ -47,6 +50,12 @@ class SamplingRow:
     end_token_ids: tuple[int, ...]
     position: int
     edits: RowEdits | None = field(default=None, repr=False, compare=False)
+    allowed: AllowedTokens | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def must_end(self) -> bool:
+        """Whether only an end token may be drawn, however few tokens there are."""
+        return self.allowed is not None and self.allowed.must_end
 
     def prepared(self, vocab_size: int) -> RowEdits | None:
         """The edits, prepared on the first call; None where there are none. Raises ValueError or
@@ -131,13 +140,17 @@ class Sampler:
             try:
                 edits = row.prepared(self.vocab_size)
                 if edits is not None:
-                    batch.add(i, edits, row.output_token_ids)
+                    batch.add(i, edits, row.output_token_ids, must_end=row.must_end)
             except (ValueError, OverflowError) as error:
                 errors[i] = RequestError("invalid_request_error", "invalid_value", str(error))
-        if not batch.empty:
+        restricted = [(i, r.allowed) for i, r in enumerate(rows) if r.allowed is not None]
+        if not batch.empty or restricted:
             if blocks.data_ptr() == logits.data_ptr():
                 blocks = blocks.clone()
             batch.apply(blocks)
+        for i, allowed in restricted:
+            forbidden = torch.from_numpy(~allowed.as_booleans(self.vocab_size)).to(blocks.device)
+            blocks[i].view(-1)[: self.vocab_size].masked_fill_(forbidden, float("-inf"))
         return blocks, errors
 
     def _draw(

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from model.engine.messages import TokenLogprob
-from server.api.answers import find_generation, finite, respond, usage, wire_reason
-from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
+from server.api.answers import find_generation, respond
+from server.api.chat_answer import ChatAnswer
+from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
+from server.api.tool_fields import MAX_TOOLS, ToolCall, ToolFields
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.generation import Delta, Done, Failed, Generation, Paused, read
+from server.generation import Generation
 from server.prompt import off_loop, room_for_answer
 from server.services import Caller, Services, Shared
-from server.sse import DONE, comment_frame, data_frame
 from server.text.chat_template import TemplateError, encode_chat
-from server.text.tokenizer import Tokenizer
+from server.text.tool_prompt import with_tools
 
 router = APIRouter()
 
 MAX_MESSAGES = 4096
 
-_LATER = "it comes in a later release of this server"
 _REFUSED = {
-    "tools": _LATER,
-    "functions": "use a server that has tools; " + _LATER,
-    "function_call": _LATER,
-    "regex": _LATER,
-    "grammar": _LATER,
-    "guided_json": _LATER,
-    "guided_regex": _LATER,
-    "guided_grammar": _LATER,
-    "guided_choice": _LATER,
+    "functions": "use `tools`",
+    "function_call": "use `tool_choice`",
+    "guided_json": "use `response_format`",
+    "guided_regex": "use `regex`",
+    "guided_grammar": "use `grammar`",
+    "guided_choice": "use `regex`: a|b|c",
     "audio": "this server makes text only",
+    "moderation": "nothing is moderated here",
     "web_search_options": "this server has no web search",
 }
 
@@ -54,8 +51,9 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = Field(default=None, max_length=256)
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = Field(default=None, max_length=256)
+    reasoning_content: str | None = None
 
     def rendered(self, index: int, param: str = "messages") -> dict[str, Any]:
         """The message as a chat template gets it: plain text, `developer` as `system`."""
@@ -63,9 +61,11 @@ class ChatMessage(BaseModel):
             "role": "system" if self.role == "developer" else self.role,
             "content": self._text(f"{param}.{index}.content"),
         }
-        for key in ("name", "tool_calls", "tool_call_id"):
+        for key in ("name", "tool_call_id", "reasoning_content"):
             if getattr(self, key) is not None:
                 message[key] = getattr(self, key)
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return message
 
     def _text(self, param: str) -> str:
@@ -88,36 +88,18 @@ class ChatMessage(BaseModel):
         return "".join(texts)
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: Literal["text", "json_object", "json_schema"]
-
-
-class ChatRequest(SamplingFields):
+class ChatRequest(FormattedFields, ToolFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
-    tool_choice: str | dict[str, Any] | None = None
     continue_final_message: bool | None = None
     resumable: bool | None = None
 
     def check(self) -> None:
         """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
         self.refuse(_REFUSED)
-        if self.response_format is not None and self.response_format.type != "text":
-            raise UnsupportedParameter(
-                f"`response_format` of type {self.response_format.type!r} is not supported: "
-                + _LATER,
-                param="response_format",
-            )
-        if self.tool_choice not in (None, "none", "auto"):
-            raise UnsupportedParameter(
-                f"`tool_choice` is not supported: {_LATER}", param="tool_choice"
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         if (
@@ -139,11 +121,16 @@ class ChatRequest(SamplingFields):
 
 
 async def prompt_token_ids(
-    services: Services, messages: list[ChatMessage], *, continue_final_message: bool = False
+    services: Services,
+    messages: list[ChatMessage],
+    *,
+    continue_final_message: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
     """The token ids of a conversation, by the model's chat template."""
-    rendered = [message.rendered(i) for i, message in enumerate(messages)]
-    size = sum(len(message["content"]) for message in rendered)
+    said = [message.rendered(i) for i, message in enumerate(messages)]
+    rendered, template_tools = with_tools(services.template, said, tools)
+    size = sum(len(message["content"]) for message in rendered) + len(str(template_tools))
     try:
         return await off_loop(
             size,
@@ -153,6 +140,7 @@ async def prompt_token_ids(
                 rendered,
                 add_generation_prompt=not continue_final_message,
                 continue_final_message=continue_final_message,
+                tools=template_tools,
             ),
         )
     except TemplateError as error:
@@ -167,15 +155,22 @@ async def create_chat_completion(
 ) -> Response:
     """An answer to a conversation, whole or as a stream of server-sent events."""
     body.check()
+    tools = body.tool_use()
     model = services.client.check_ready()
     prompt = await prompt_token_ids(
-        services, body.messages, continue_final_message=bool(body.continue_final_message)
+        services,
+        body.messages,
+        continue_final_message=bool(body.continue_final_message),
+        tools=tools.tools,
     )
     max_tokens = room_for_answer(
         model, len(prompt), body.max_completion_tokens or body.max_tokens, param="messages"
     )
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=top_logprobs)
+    params, markup = tools.applied(services.template, services.tokenizer, prompt, params)
+    asking = [] if tools.enforced else body.grammars()
+    await services.grammars.check(params.grammar, param=next(iter(asking), "tools"))
     n = body.n or 1
     async with services.idempotency.once(request, owner) as once:
         generations: list[Generation]
@@ -186,136 +181,14 @@ async def create_chat_completion(
         elif body.resumable:
             generations = [
                 await services.journal.start_resumable(
-                    prompt, params, owner, body.stop or [], once.record
+                    prompt, params, owner, body.stop or [], once.record, markup
                 )
             ]
             once.made = generations[0].id
         else:
             generations = services.generations.start(
-                [prompt], params, owner=owner, n=n, stop=body.stop or []
+                [prompt], params, owner=owner, n=n, stop=body.stop or [], markup=markup
             )
             once.made = generations
     answer = ChatAnswer(services, generations, top_logprobs, resumable=bool(body.resumable))
     return await respond(request, services, generations, answer, body)
-
-
-class ChatAnswer:
-    """The chat wire of one request's generations. With `resumable`, chunks say where they are."""
-
-    def __init__(
-        self,
-        services: Services,
-        generations: Sequence[Generation],
-        top_logprobs: int | None,
-        *,
-        resumable: bool = False,
-    ) -> None:
-        self._tokenizer = services.tokenizer
-        self._metrics = services.metrics
-        self._generations = generations
-        self._top_logprobs = top_logprobs
-        self._resumable = resumable
-        first = generations[0]
-        self._head: dict[str, Any] = {  # the same whoever reads it, and whenever
-            "id": "chatcmpl-" + first.id.removeprefix("gen_"),
-            "object": "chat.completion.chunk",
-            "created": int(first.created_at),
-            "model": services.files.name,
-        }
-
-    def whole(self) -> dict[str, Any]:
-        choices = []
-        for i, generation in enumerate(self._generations):
-            choice: dict[str, Any] = {
-                "index": i,
-                "message": {"role": "assistant", "content": generation.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": wire_reason(generation.end),
-            }
-            if self._top_logprobs is not None:
-                choice["logprobs"] = self._logprobs(generation.logprobs)
-            choices.append(choice)
-        return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": usage(self._generations, num_choices=len(self._generations)),
-        }
-
-    async def frames(self, include_usage: bool, after: int | None = None) -> AsyncIterator[bytes]:
-        """Role, text deltas, one finish reason a choice, usage if asked for, `[DONE]`; or an error
-        frame, then `[DONE]`. `after`: go on after that many tokens, with no role."""
-        if after is None:
-            role = {"role": "assistant", "content": ""}
-            yield b"".join(self._frame(i, role, at=1) for i in range(len(self._generations)))
-        async for batch in read(self._generations, after):
-            frames = []
-            for i, event in batch:
-                match event:
-                    case Delta():
-                        if event.text or event.logprobs:
-                            frames.append(self._delta_frame(i, event))
-                    case Paused():
-                        frames.append(comment_frame("the engine is being restarted"))
-                    case Done():
-                        at = 2 + len(self._generations[i].output_token_ids)
-                        frames.append(self._frame(i, {}, wire_reason(event), at=at))
-                    case Failed():
-                        self._metrics.errors.labels(event.error.code).inc()
-                        yield b"".join([*frames, data_frame(event.error.body()), DONE])
-                        return
-            if frames:
-                yield b"".join(frames)
-        last = DONE
-        if include_usage:
-            count = usage(self._generations, num_choices=len(self._generations))
-            last = data_frame({**self._head, "choices": [], "usage": count}) + DONE
-        yield last
-
-    def _delta_frame(self, index: int, event: Delta) -> bytes:
-        logprobs = None if self._top_logprobs is None else self._logprobs(event.logprobs)
-        return self._frame(index, {"content": event.text}, logprobs=logprobs, at=1 + event.end)
-
-    def _frame(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        finish_reason: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-        *,
-        at: int,
-    ) -> bytes:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-        chunk = {**self._head, "choices": [choice]}
-        if self._resumable:
-            chunk["headwater"] = {"generation": self._generations[index].id, "event": at}
-        return data_frame(chunk)
-
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        top = self._top_logprobs or 0
-        return {
-            "content": [
-                {
-                    **_token(self._tokenizer, entry.token_id, entry.logprob),
-                    "top_logprobs": [
-                        _token(self._tokenizer, token_id, logprob)
-                        for token_id, logprob in entry.top[:top]
-                    ],
-                }
-                for entry in logprobs
-            ],
-            "refusal": None,
-        }
-
-
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    return {
-        "token": tokenizer.piece(token_id),
-        "logprob": finite(logprob),
-        "bytes": list(tokenizer.bytes_of(token_id)),
-    }

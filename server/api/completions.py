@@ -28,8 +28,6 @@ DEFAULT_MAX_TOKENS = 16
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 
-_LATER = "it comes in a later release of this server"
-
 
 class CompletionRequest(SamplingFields):
     prompt: str | TokenIds | Prompts
@@ -44,9 +42,7 @@ class CompletionRequest(SamplingFields):
         self.refuse(
             {
                 "suffix": "this model completes at the end only",
-                "regex": _LATER,
-                "grammar": _LATER,
-                "response_format": _LATER,
+                "response_format": "it belongs to chat; use `regex` or `grammar` here",
             }
         )
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -100,6 +96,7 @@ async def create_completion(
         body.sampling_params(services, max_tokens=max(max_tokens, 1), top_logprobs=body.logprobs),
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
+    await services.grammars.check(params.grammar, param=next(iter(body.grammars()), "grammar"))
     n = body.n or 1
     async with services.idempotency.once(request, owner) as once:
         if isinstance(once.made, list):

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from model.engine.request import SamplingParams
+from model.engine.request import Grammar, SamplingParams
+from server.api.structured import GrammarText, ResponseFormat
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.services import Services
 
@@ -44,7 +45,8 @@ class SamplingFields(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=-1, le=1_000_000)
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    # Below that, a logit divided by it may be no finite number.
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10, allow_inf_nan=False)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: (
@@ -60,15 +62,27 @@ class SamplingFields(BaseModel):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=64)
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
+    regex: GrammarText | None = None
+    grammar: GrammarText | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    def grammars(self) -> dict[str, Grammar]:
+        """The grammars that the answer must follow, by the field that asks for each."""
+        given = {}
+        if self.regex is not None:
+            given["regex"] = Grammar("regex", self.regex)
+        if self.grammar is not None:
+            given["grammar"] = Grammar("lark", self.grammar)
+        return given
 
     def sampling_params(
         self, services: Services, *, max_tokens: int, top_logprobs: int | None
     ) -> SamplingParams:
         """The engine's parameters: what the request says, else the model's own defaults.
 
-        Raises InvalidRequest for token ids beyond the vocabulary and min_tokens > max_tokens."""
+        Raises InvalidRequest for token ids beyond the vocabulary, min_tokens > max_tokens and
+        more than one grammar."""
         defaults = services.sampling_defaults
         vocab_size = services.files.config.vocab_size
         for param, ids in (
@@ -86,6 +100,13 @@ class SamplingFields(BaseModel):
                 f"`min_tokens` ({min_tokens}) is more than the {max_tokens} tokens that the answer "
                 "may have",
                 param="min_tokens",
+            )
+
+        grammars = self.grammars()
+        if len(grammars) > 1:
+            first, second, *_ = grammars
+            raise InvalidRequest(
+                f"`{first}` and `{second}` exclude each other; give one of them", param=second
             )
 
         def pick(name: str, otherwise: float) -> float:
@@ -107,6 +128,7 @@ class SamplingFields(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             top_logprobs=top_logprobs,
             seed=secrets.randbits(53) if self.seed is None else self.seed % 2**64,
+            grammar=next(iter(grammars.values()), None),
         )
 
     def wants_usage(self) -> bool:
@@ -119,3 +141,14 @@ class SamplingFields(BaseModel):
         for name, reason in reasons.items():
             if said.get(name, getattr(self, name, None)) not in (None, False, [], {}, ""):
                 raise UnsupportedParameter(f"`{name}` is not supported: {reason}", param=name)
+
+
+class FormattedFields(SamplingFields):
+    """Sampling fields beside which a response format may stand."""
+
+    response_format: ResponseFormat | None = None
+
+    def grammars(self) -> dict[str, Grammar]:
+        given = super().grammars()
+        grammar = None if self.response_format is None else self.response_format.grammar()
+        return given if grammar is None else {"response_format": grammar, **given}

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
+from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
 
+STRUCTURED = ("response_format", "regex", "grammar")  # of which an answer follows one
 MAX_METADATA = 64
 MAX_TEXT_CHARACTERS = 8 * 1024 * 1024
 MAX_VALUE_CHARACTERS = 4096
@@ -45,7 +46,7 @@ Metadata = Annotated[
 ]
 
 
-class Defaults(SamplingFields):
+class Defaults(FormattedFields):
     """Sampling parameters that hold where a turn does not say otherwise."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())

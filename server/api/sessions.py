@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from server.api.answers import find_generation
 from server.api.chat import MAX_MESSAGES, ChatMessage
-from server.api.session_fields import Defaults, Metadata, Text, Title
+from server.api.session_fields import STRUCTURED, Defaults, Metadata, Text, Title
 from server.api.streams import cancelled, stream_response
 from server.errors import Conflict, InvalidRequest, ServerError
 from server.generation import Failed, Generation, read
@@ -55,19 +55,23 @@ class AnswerFields(Defaults):
 
     on_busy: OnBusy = "error"
 
-    def wish(self, services: Services, session: SessionRecord) -> Wish:
-        """How the answer is to be drawn: as the body says, else as the session's defaults do."""
+    async def wish(self, services: Services, session: SessionRecord) -> Wish:
+        """How the answer is to be drawn: as the body says, else as the session's defaults do.
+        A grammar of the body's takes the place of the defaults' one."""
         if (self.n or 1) > 1:
             raise InvalidRequest(
                 "`n` must be 1: a turn has one answer, and `regenerate` makes another", param="n"
             )
+        own = any(getattr(self, name) is not None for name in STRUCTURED)
         fields = self.model_copy(
             update={
                 name: value
                 for name, value in Defaults.model_validate(session.defaults)
-                if getattr(self, name) is None
+                if getattr(self, name) is None and not (name in STRUCTURED and own)
             }
         )
+        for param, grammar in fields.grammars().items():
+            await services.grammars.check(grammar, param=param)
         if fields.top_logprobs is not None and not fields.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         top = (fields.top_logprobs or 0) if fields.logprobs else None
@@ -279,7 +283,7 @@ async def append_turn(
                 owner,
                 id,
                 body.messages(),
-                body.wish(services, session),
+                await body.wish(services, session),
                 parent=body.parent if "parent" in body.model_fields_set else False,
                 answer=body.answer,
                 on_busy=body.on_busy,
@@ -304,7 +308,7 @@ async def regenerate(
                 owner,
                 id,
                 body.turn,
-                body.wish(services, session),
+                await body.wish(services, session),
                 on_busy=body.on_busy,
                 idempotency=once.record,
             )

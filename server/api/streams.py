@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from model.engine.messages import TokenLogprob
 from server.api.answers import find_generation, finite
-from server.api.chat import ChatAnswer
+from server.api.chat_answer import ChatAnswer
 from server.errors import InvalidRequest
 from server.generation import Delta, Done, Failed, Generation, Paused, Progress, Started, read
 from server.responses import json_response

@@ -228,9 +228,11 @@ def delete_response(connection: Connection, owner: str, generation_id: str) -> s
         parent = connection.scalar(select(turn.c.parent).where(*here))
         connection.execute(delete(turn).where(*here))
         at = parent
-    return None if connection.scalar(
-        select(exists().where(turn.c.session == found.session))
-    ) else str(found.session)
+    return (
+        None
+        if connection.scalar(select(exists().where(turn.c.session == found.session)))
+        else str(found.session)
+    )
 
 
 def copy_path(

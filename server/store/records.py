@@ -63,10 +63,10 @@ class TurnRecord:
 class GenerationRecord:
     """One run of the model.
 
-    `resumed_token_ids` are output tokens that an earlier generation of the same turn drew.
-    A `response` ends with its client; what else has a session goes on. `params` are opaque bytes,
-    `extra` is what else a resumption needs (stop strings, the seed). `crashes` counts the engine deaths that it was
-    running at."""
+    `resumed_token_ids` are output tokens that an earlier generation of the same turn drew. A
+    `response` ends with its client; what else has a session goes on. `params` are opaque bytes,
+    `extra` is what else a resumption needs (stop strings, the seed). `crashes` counts the engine
+    deaths that it was running at."""
 
     id: str
     owner: str

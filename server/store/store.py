@@ -173,8 +173,8 @@ class Store:
         head: str | None = None,
     ) -> None:
         """Ends a generation: its whole log (in place of what there is), its turn as it is now, the
-        blocks that its session got, and that session's new `head`. StoreConflict where it is gone: then `add_blocks` tells
-        which to forget."""
+        blocks that its session got, and that session's new `head`. StoreConflict where it is gone:
+        then `add_blocks` tells which to forget."""
         operation = partial(
             operations.finish,
             generation_id=generation_id,

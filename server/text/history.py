@@ -23,7 +23,7 @@ from server.text.tokenizer import Tokenizer
 
 _EXCERPT = 40
 
-Reason = Literal["template", "model", "dropped"]
+Reason = Literal["template", "model", "instructions", "dropped"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -126,7 +126,8 @@ def extend(
 
     `path` starts at the root, always; its first `dropped` turns are left out (see `drop_oldest`).
     `instructions` is a system message in front of everything. `fingerprint` is the one that new
-    turns get; where a turn that counts has another, its ids are another model's.
+    turns get; where a turn that counts has another, its ids are another model's, or where only
+    what comes after the second hyphen differs, others of the same model stand before it.
 
     Raises TemplateError when the template refuses the messages, TokenizerError for text that is
     not Unicode, ValueError for a path without its root or when nothing is to be added.
@@ -141,8 +142,10 @@ def extend(
     kept = path[dropped:]
     texts = AppendedText(tokenizer, template, instructions, kept, messages, answer)
     reason: Reason | None = None
-    if any(turn.tokenizer != fingerprint for turn in path[_last_replacement(path) :]):
-        reason = "model"
+    others = {turn.tokenizer for turn in path[_last_replacement(path) :]} - {fingerprint}
+    if others:
+        model = _model_of(fingerprint)
+        reason = "instructions" if {_model_of(other) for other in others} == {model} else "model"
     elif dropped > dropped_before:
         reason = "dropped"
     elif texts.base is None:
@@ -166,6 +169,10 @@ def extend(
     return Extension(
         turns, generation_prompt, reason is not None, history, prompt, rewrite, dropped
     )
+
+
+def _model_of(fingerprint: str) -> tuple[str, ...]:
+    return tuple(fingerprint.split("-")[:2])
 
 
 def _last_replacement(path: Sequence[TurnRecord]) -> int:

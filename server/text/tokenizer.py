@@ -22,6 +22,11 @@ from blake3 import blake3
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # The three ways in which a tokenizer can put a space in front of a text; see `_without_prefix`.
 _WORD_BOUNDARY = "▁"
+# Control tokens of some models that are part of what an answer says: see `answer_text.py`.
+_SHOWN = frozenset(
+    {"<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"}
+    | {"<think>", "</think>"}
+)
 
 
 class TokenizerError(ValueError):
@@ -31,8 +36,9 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads at once.
 
-    `token_bytes[id]` are the exact bytes of a token, b"" for special ones and for ids that no
-    token has. `special_ids` are the control tokens. `fingerprint` is the blake3 of tokenizer.json.
+    `token_bytes[id]` are the exact bytes of a token, b"" for special ones (but for the marks of
+    tool calls and of reasoning) and for ids that no token has. `special_ids` are the control
+    tokens. `fingerprint` is the blake3 of tokenizer.json.
     """
 
     def __init__(
@@ -202,7 +208,8 @@ class Tokenizer:
                 "ByteLevel, or SentencePiece's with ByteFallback or Metaspace"
             )
         for id_ in self.special_ids:
-            result[id_] = b""
+            if self._spellings[id_] not in _SHOWN:
+                result[id_] = b""
         strips = any(
             step["type"] == "Strip" or (step["type"] == "Metaspace" and _metaspace_prefix(step))
             for step in steps

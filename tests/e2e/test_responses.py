@@ -117,21 +117,21 @@ def test_what_runs_in_the_background_goes_on_and_what_does_not_ends(
         kill_all(server)
 
 
-def test_whoever_leaves_ends_it_but_in_the_background(tiny_model: Path) -> None:
-    with serving(str(tiny_model)) as server:
-        body: Json = {"input": "Tell me all", "stream": True, "ignore_eos": True}
-        found: list[str] = []
-        for background in (False, True):
-            with httpx.stream(
-                "POST", f"{server.url}/v1/responses", json={**body, "background": background}
-            ) as response:
-                found += [next(stream_events(response)).data["response"]["id"]]
-        plain, background_one = found
-        wait_until(lambda: get(server, plain)["status"] == "cancelled", 10, "it was not cancelled")
-        wait_until(
-            lambda: get(server, background_one)["status"] == "incomplete", 30, "it did not go on"
-        )
-        server.wait_idle()
+def test_whoever_leaves_ends_it_but_in_the_background(tiny_server: Server) -> None:
+    server = tiny_server
+    body: Json = {"input": "Tell me all", "stream": True, "ignore_eos": True}
+    found: list[str] = []
+    for background in (False, True):
+        with httpx.stream(
+            "POST", f"{server.url}/v1/responses", json={**body, "background": background}
+        ) as response:
+            found += [next(stream_events(response)).data["response"]["id"]]
+    plain, background_one = found
+    wait_until(lambda: get(server, plain)["status"] == "cancelled", 10, "it was not cancelled")
+    wait_until(
+        lambda: get(server, background_one)["status"] == "incomplete", 30, "it did not go on"
+    )
+    server.wait_idle()
 
 
 def test_responses_are_kept_for_a_while(tiny_model: Path) -> None:

@@ -265,7 +265,7 @@ def test_errors_are_the_sdks_own_classes(client: OpenAI) -> None:
         client.chat.completions.create(
             model="any",
             messages=MESSAGES,
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            functions=[{"name": "f", "parameters": {}}],
         )
     assert caught.value.code == "unsupported_parameter"
-    assert caught.value.param == "tools"
+    assert caught.value.param == "functions"

@@ -75,7 +75,7 @@ def test_completions_stream(tiny_server: Server) -> None:
         ({"messages": None}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content.str"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages"),
         ({"n": 0}, "n"),
         ({"n": 9}, "n"),
@@ -165,11 +165,7 @@ def test_chat_accepts_its_edges(tiny_server: Server, change: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
-        (CHAT, {**HELLO, "tool_choice": "required"}, "tool_choice"),
-        (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format"),
-        (CHAT, {**HELLO, "regex": "a+"}, "regex"),
-        (CHAT, {**HELLO, "grammar": "start: 'a'"}, "grammar"),
+        (CHAT, {**HELLO, "guided_json": {"type": "object"}}, "guided_json"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -177,6 +173,11 @@ def test_chat_accepts_its_edges(tiny_server: Server, change: dict[str, Any]) -> 
         ),
         (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),
         (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of"),
+        (
+            COMPLETIONS,
+            {"prompt": "x", "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
     ],
 )
 def test_what_changes_the_meaning_is_refused_by_name(

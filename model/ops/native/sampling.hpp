@@ -30,6 +30,7 @@ struct SampleRow {
   const int64_t* bias_ids;  // [num_biased] distinct
   const float* bias;
   const int64_t* banned;  // [num_banned]
+  const uint32_t* allowed;  // [vocab / 32], a bit for each token; none: all may be drawn
   float temperature;      // 0: greedy
   float repetition, frequency;
   int32_t row;    // of the logits
@@ -38,7 +39,7 @@ struct SampleRow {
   int32_t top_n;  // of log-probabilities; -1: none at all
   int32_t padding;
 };
-static_assert(sizeof(SampleRow) == 112, "mirrored in sampling/native.py");
+static_assert(sizeof(SampleRow) == 120, "mirrored in sampling/native.py");
 
 enum SampleState : int32_t { kDrawn = 0, kNoToken = 1, kNotFinite = 2 };
 
@@ -89,9 +90,9 @@ class RowSampler {
 
   // ------------------------------------------------------------------------------------ the logits
 
-  // As EditBatch.apply: bias, then penalties, then what is banned; on a copy.
+  // As EditBatch.apply: bias, then penalties, then what is banned or not allowed; on a copy.
   void edit(const SampleRow& row) {
-    if (row.num_biased + row.num_counted + row.num_banned == 0) return;
+    if (row.num_biased + row.num_counted + row.num_banned == 0 && !row.allowed) return;
     edited_.resize(size_t(vocab_) + 16);
     float* x = edited_.data();
     while (reinterpret_cast<uintptr_t>(x) % 64) ++x;  // a load over two cache lines costs twice
@@ -106,6 +107,17 @@ class RowSampler {
       at = (at > 0.0f ? at / row.repetition : at * row.repetition) - lowered;
     }
     for (int i = 0; i < row.num_banned; ++i) x[row.banned[i]] = kMinusInfinity;
+    if (row.allowed) restrict_to(row.allowed, x);
+  }
+
+  void restrict_to(const uint32_t* allowed, float* x) const {
+    for (int start = 0; start < vocab_; start += 32) {
+      const uint32_t bits = allowed[start / 32];
+      if (bits == 0xffffffff) continue;
+      const int count = std::min(32, vocab_ - start);
+      for (int i = 0; i < count; ++i)
+        x[start + i] = bits >> i & 1 ? x[start + i] : kMinusInfinity;
+    }
   }
 
   const float* block(int b) const {

@@ -54,6 +54,7 @@ def load(
     eos_token_ids: tuple[int, ...] | None = None,
     ops: str = "reference",
     disk: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> tuple[Engine, ModelInfo]:
     """An engine as the engine process makes it, with a pool of so many tokens."""
     config = read_config(folder)
@@ -67,6 +68,7 @@ def load(
             config=config,
             weights=tuple(str(path) for path in sorted(folder.glob("*.safetensors"))),
             fingerprint=folder.name,
+            tokenizer=None if tokenizer is None else str(tokenizer),
             device="cpu",
             ops=ops,
             threads=1,

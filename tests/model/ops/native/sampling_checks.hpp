@@ -32,6 +32,7 @@ struct SamplingCase {
   SampleRow row{};
   Exact<float> logits, counts, bias;
   Exact<int64_t> ids, bias_ids, banned;
+  Exact<uint32_t> allowed;
 
   SampleRow c(int at) const {
     SampleRow r = row;
@@ -41,6 +42,7 @@ struct SamplingCase {
     r.bias_ids = bias_ids.data();
     r.bias = bias.data();
     r.banned = banned.data();
+    r.allowed = allowed.size() ? allowed.data() : nullptr;
     r.num_counted = int32_t(ids.size());
     r.num_biased = int32_t(bias_ids.size());
     r.num_banned = int32_t(banned.size());
@@ -91,6 +93,13 @@ inline SamplingCase sampling_case(int vocab, Random& random) {
     c.bias = Exact<float>(c.bias_ids.size(), pick({-100.0f, 2.5f, 1e30f}, random));
   }
   if (vocab > 2 && random.below(2)) c.banned = some_ids(2, vocab, random);
+  if (random.below(2)) {
+    c.allowed = Exact<uint32_t>(size_t(vocab + 31) / 32, pick({0u, 0xffffffffu}, random));
+    for (int i = pick({0, 1, 40, vocab}, random); i > 0; --i) {
+      const int id = random.below(vocab);
+      c.allowed[size_t(id / 32)] ^= uint32_t(1) << id % 32;
+    }
+  }
   return c;
 }
 
@@ -103,6 +112,8 @@ inline std::vector<float> edited(const SamplingCase& c) {
     at -= float((c.counts[i] > 0 ? c.row.presence : 0.0) + double(c.row.frequency * c.counts[i]));
   }
   for (size_t i = 0; i < c.banned.size(); ++i) x[size_t(c.banned[i])] = -INFINITY;
+  for (size_t i = 0; c.allowed.size() && i < x.size(); ++i)
+    if (!(c.allowed[i / 32] >> i % 32 & 1)) x[i] = -INFINITY;
   return x;
 }
 
@@ -236,6 +247,7 @@ inline void check_sampling(int vocab, int num_rows, uint64_t seed) {
       SamplingCase& c = cases[0];
       const float before = std::exchange(c.logits[size_t(place)], bad);
       c.ids = c.bias_ids = c.banned = Exact<int64_t>();
+      c.allowed = Exact<uint32_t>();
       verdict.in("sampling, not finite");
       verdict.close("state", size_t(place), sample(1, {c}, stride).results[0].state, kNotFinite, 0);
       c.logits[size_t(place)] = before;

@@ -1,0 +1,209 @@
+"""A response as it is told: from its turn, and from its log while that is there."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from model.engine.messages import TokenLogprob
+from server.api.answers import finite
+from server.errors import ServerDraining
+from server.generation import Done, Failed, Generation
+from server.responses_wire import (
+    Event,
+    ItemStatus,
+    ResponseEvents,
+    echo_of,
+    item_bits,
+    markup_of,
+    usage_of,
+)
+from server.store.records import GenerationRecord, TurnRecord
+from server.store.schema import text_of
+
+if TYPE_CHECKING:
+    from server.services import Services
+    from server.stored_responses import Stored
+
+ENDS: dict[str, tuple[str, str]] = {  # of a finish reason: the event, and the status
+    "stop": ("completed", "completed"),
+    "length": ("incomplete", "incomplete"),
+    "abort": ("incomplete", "cancelled"),
+    "error": ("failed", "failed"),
+}
+
+
+class ResponseView:
+    """`turn` and `generation` as they are found; one of them may be missing. `echo` is what the
+    turn's notes hold, and must be given where there is no turn."""
+
+    def __init__(
+        self,
+        services: Services,
+        echo: dict[str, Any] | None,
+        generation: Generation | None,
+        turn: TurnRecord | None,
+        record: GenerationRecord | None = None,
+    ) -> None:
+        self._tokenizer = services.tokenizer
+        self._model = services.files.name
+        self._generation = generation
+        self._turn = turn
+        self._record = record
+        if turn is not None:
+            self._echo = echo_of(turn)
+            self._id = (turn.generation or "").removeprefix("gen_")
+            self._bits = item_bits(turn)
+        else:
+            assert echo is not None and generation is not None
+            self._echo = echo
+            self._id = self._bits = generation.id.removeprefix("gen_")
+
+    @classmethod
+    def of(cls, services: Services, stored: Stored) -> ResponseView:
+        return cls(services, None, stored.generation, stored.turn, stored.record)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it was ended here because the server stops, and its stored log was not."""
+        generation = self._generation
+        if generation is None or generation.durable is None:
+            return False
+        end = generation.outcome
+        return isinstance(end, Failed) and end.error.code == ServerDraining.default_code
+
+    def now(self) -> dict[str, Any]:
+        """The response as it is."""
+        walk = self.walk()
+        generation = self._generation
+        if generation is None:
+            assert self._turn is not None
+            walk.feed(text_of(self._turn.content))
+            return self._whole(walk, self._turn.finish_reason or "abort")
+        for at in range(len(generation.token_ids)):
+            self.fed(walk, at)
+        if generation.outcome is not None:
+            return self._whole(walk, _reason(generation))
+        if generation.token_ids:
+            walk.end("in_progress")
+        waiting = self._echo["background"] and not generation.admitted
+        return self._head("queued" if waiting else "in_progress") | {"output": walk.output}
+
+    def walk(self) -> ResponseEvents:
+        """A walk through the log, at its beginning."""
+        generation = self._generation
+        markup = markup_of(self._echo) if generation is None else generation.markup
+        return ResponseEvents(self._head("in_progress"), self._bits, f"gen_{self._id}", markup)
+
+    def fed(self, walk: ResponseEvents, at: int) -> list[Event]:
+        """The events of the log's token number `at`."""
+        generation = self._generation
+        assert generation is not None
+        logprobs = generation.logprobs[at : at + 1]
+        return walk.feed(generation.pieces[at], [self._logprob(entry) for entry in logprobs])
+
+    def ended(self, walk: ResponseEvents) -> list[Event]:
+        """The events of the end. One that the log goes on behind (the server stops) has no number
+        of its own: who comes back has missed nothing."""
+        generation = self._generation
+        assert generation is not None
+        reason = _reason(generation)
+        name, _ = ENDS[reason]
+        closing = [] if reason == "error" else walk.end(_item_status(reason))
+        last = walk.last(name, self._whole(walk, reason, closed=True))
+        if self.goes_on:
+            last["sequence_number"] -= 1
+        return [*closing, last]
+
+    # -------------------------------------------------------------------------------- details
+
+    def _whole(self, walk: ResponseEvents, reason: str, *, closed: bool = False) -> dict[str, Any]:
+        """The response at its end; `walk` went through all of its text."""
+        if not closed:
+            walk.end(_item_status(reason))
+        _, status = ENDS[reason]
+        response = self._head(status)
+        response["output"] = walk.output
+        if reason == "length":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        if reason == "error":
+            response["error"] = self._error()
+        else:
+            ended = self._turn.notes.get("ended_at") if self._turn is not None else None
+            response["completed_at"] = int(time.time()) if ended is None else ended
+            response["usage"] = usage_of(self._counts(), walk.num_reasoning_tokens)
+        return response
+
+    def _counts(self) -> dict[str, Any]:
+        if self._generation is not None:
+            return self._generation.counts()
+        assert self._turn is not None
+        notes = self._turn.notes
+        return {
+            "prompt_tokens": notes["prompt_tokens"],
+            "cached_tokens": notes["cached_tokens"],
+            "completion_tokens": notes["usage"]["completion_tokens"],
+        }
+
+    def _error(self) -> dict[str, Any]:
+        generation = self._generation
+        if generation is not None and isinstance(generation.outcome, Failed):
+            error = generation.outcome.error
+            return {"code": error.code, "message": error.message}
+        if self._record is not None and self._record.error is not None:
+            return self._record.error
+        return {"code": "internal", "message": "the answer broke off"}
+
+    def _head(self, status: str) -> dict[str, Any]:
+        echo, turn, generation = self._echo, self._turn, self._generation
+        created = turn.created_at if turn is not None else generation and generation.created_at
+        conversation = echo["conversation"]
+        return {
+            "id": f"resp_{self._id}",
+            "object": "response",
+            "created_at": int(created or 0),
+            "status": status,
+            "background": echo["background"],
+            "completed_at": None,
+            "conversation": None if conversation is None else {"id": conversation},
+            "error": None,
+            "incomplete_details": None,
+            "instructions": echo["instructions"],
+            "max_output_tokens": echo["max_output_tokens"],
+            "max_tool_calls": None,
+            "metadata": echo["metadata"],
+            "model": self._model,
+            "output": [],
+            "parallel_tool_calls": echo["parallel_tool_calls"],
+            "previous_response_id": echo["previous_response_id"],
+            "reasoning": {"effort": None, "summary": None},
+            "service_tier": "default",
+            "store": echo["store"],
+            "temperature": echo["temperature"],
+            "text": echo["text"],
+            "tool_choice": echo["tool_choice"],
+            "tools": echo["tools"],
+            "top_logprobs": echo["top_logprobs"],
+            "top_p": echo["top_p"],
+            "truncation": echo["truncation"],
+            "usage": None,
+        }
+
+    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
+        def named(token_id: int, logprob: float) -> dict[str, Any]:
+            return {
+                "token": self._tokenizer.piece(token_id),
+                "bytes": list(self._tokenizer.bytes_of(token_id)),
+                "logprob": finite(logprob),
+            }
+
+        top = [named(*pair) for pair in entry.top[: self._echo["top_logprobs"]]]
+        return {**named(entry.token_id, entry.logprob), "top_logprobs": top}
+
+
+def _reason(generation: Generation) -> str:
+    return generation.outcome.finish_reason if isinstance(generation.outcome, Done) else "error"
+
+
+def _item_status(reason: str) -> ItemStatus:
+    return "completed" if reason in ("stop", "tool_calls") else "incomplete"
