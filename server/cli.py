@@ -25,7 +25,6 @@ from server.owners import Owners, OwnersError, key_line, make_key
 from server.secret import SecretError, load_secret
 from server.settings import Settings
 from server.store.errors import StoreError
-from server.store.store import Store
 
 app = typer.Typer(
     name="headwater",
@@ -133,6 +132,8 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error")] = None,
 ) -> None:
     """Serve a model over HTTP."""
+    from server.store.store import Store
+
     with _explained():
         settings = _settings(
             model=model,
@@ -171,7 +172,7 @@ def serve(
 
 
 async def _serve(
-    settings: Settings, files: ModelFiles, owners: Owners, store: Store, sock: socket.socket
+    settings: Settings, files: ModelFiles, owners: Owners, store: Any, sock: socket.socket
 ) -> int:
     """Run until a signal, or until the engine is beyond help. Returns the exit code."""
     import uvicorn

@@ -20,6 +20,7 @@ import msgspec
 
 from model.engine.messages import ModelInfo
 from model.engine.request import SamplingParams
+from server.cache_report import cache_report, computed_blocks, computed_tokens
 from server.engine_client import EngineClient
 from server.errors import (
     ContextLengthExceeded,
@@ -27,6 +28,7 @@ from server.errors import (
     NotFound,
     SessionBusy,
 )
+from server.forks import copies_of, cut
 from server.generation import Durable, Generation, read
 from server.generations import Generations
 from server.journal import Journal
@@ -37,7 +39,6 @@ from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
 from server.store.store import Store
 from server.text.appended_text import message_of
 from server.text.chat_template import ChatTemplate, TemplateError
-from server.text.detokenizer import shown_text
 from server.text.history import Extension, drop_oldest, extend, path_token_ids
 from server.text.tokenizer import Tokenizer
 
@@ -262,7 +263,7 @@ class Sessions:
         """The session, its logs, and its KV in every tier that no other session uses."""
         session = await self.get(owner, session_id)
         running = self.generating(session.id)
-        keys = await self._computed_blocks(owner, session)
+        keys = await computed_blocks(self._client, await self._store.turns(session.id), owner.salt)
         dropped = await self._store.delete_session(owner.name, session.id, keys)
         if dropped is None:
             raise NotFound(f"there is no session {session_id[:64]!r}")
@@ -286,11 +287,17 @@ class Sessions:
         path = await self.path(session, at or session.head)
         if path and path[-1].status == "running":
             raise _busy(session.id, self.generating(session.id))
-        turns = self._copies(path)
+        turns = copies_of(path)
         if token is not None:
             if not turns or turns[-1].role != "assistant":
                 raise InvalidRequest("`token` cuts an answer; `at` is none", param="token")
-            self._cut(turns[-1], token, replace)
+            if turns[-1].tokenizer != self.fingerprint:
+                raise InvalidRequest(
+                    "the answer was made with another model; its tokens cannot be cut",
+                    param="token",
+                )
+            model = self._client.check_ready()
+            cut(turns[-1], token, replace, self._tokenizer, model.vocab_size)
         elif replace is not None:
             raise InvalidRequest("`replace` needs `token`, its place", param="replace")
         now = time.time()
@@ -313,62 +320,11 @@ class Sessions:
         await self._store.copy_path(turns, fork, session.id, idempotency)
         return fork
 
-    # ---------------------------------------------------------------------------------- cache
-
     async def cache(self, owner: Owner, session_id: str) -> dict[str, Any]:
         """Where the KV of the head's path is, and why its last answer found no more of it."""
         session = await self.get(owner, session_id)
         path = await self.path(session, session.head)
-        tokens = path_token_ids(path)
-        size = self._client.check_ready().block_size
-        states = await self._client.cached_blocks(tokens, owner.salt) if tokens else []
-        tiers = {"device": 0, "host": 0, "disk": 0}
-        blocks = []
-        for i, state in enumerate(states):
-            tier = "device" if state.device else "disk" if state.disk else "none"
-            if tier != "none":
-                tiers[tier] += size
-            blocks.append(
-                {
-                    "index": i,
-                    "start": i * size,
-                    "end": (i + 1) * size,
-                    "tier": tier,
-                    "device": state.device,
-                    "disk": state.disk,
-                }
-            )
-        return {
-            "object": "session.cache",
-            "session": session.id,
-            "head": session.head,
-            "tokens": len(tokens),
-            "block_size": size,
-            "tiers": {**tiers, "none": len(tokens) - sum(tiers.values())},
-            "on_disk": sum(size for state in states if state.disk),
-            "blocks": blocks,
-            "last_turn": _last_answer_report(path),
-        }
-
-    async def _computed_blocks(self, owner: Owner, session: SessionRecord) -> list[bytes]:
-        """The keys of all blocks that the session's branches can have, while an engine can tell;
-        the store knows those of the answers that ended."""
-        if not self._client.has_engine:
-            return []
-        turns = {turn.id: turn for turn in await self._store.turns(session.id)}
-        inner = {turn.parent for turn in turns.values()}
-        keys: list[bytes] = []
-        for leaf in turns.keys() - inner:
-            path = []
-            at: str | None = leaf
-            while at is not None:
-                path.append(turns[at])
-                at = turns[at].parent
-            with contextlib.suppress(Exception):
-                tokens = path_token_ids(path[::-1])
-                states = await self._client.cached_blocks(tokens, owner.salt)
-                keys += [state.key for state in states]
-        return keys
+        return await cache_report(self._client, session, path, owner.salt)
 
     # -------------------------------------------------------------------------------- details
 
@@ -517,7 +473,7 @@ class Sessions:
     ) -> TurnRecord:
         """The turn of an answer that is about to run."""
         anew = extension.replaces_history and not extension.turns
-        notes: dict[str, Any] = {"history_tokens": _computed_tokens(path)}
+        notes: dict[str, Any] = {"history_tokens": computed_tokens(path)}
         if anew or extension.rewrite is not None:
             notes |= _rewrite_notes(extension)
         return TurnRecord(
@@ -589,65 +545,11 @@ class Sessions:
         self._generations.submit(generation)
         return turn, generation
 
-    def _copies(self, path: Sequence[TurnRecord]) -> list[TurnRecord]:
-        parent: str | None = None
-        copies = []
-        for turn in path:
-            copy = TurnRecord(
-                id=f"turn_{secrets.token_hex(16)}",
-                session=turn.session,
-                parent=parent,
-                role=turn.role,
-                content=turn.content,
-                prompt_token_ids=turn.prompt_token_ids,
-                token_ids=turn.token_ids,
-                replaces_history=turn.replaces_history,
-                status=turn.status,
-                finish_reason=turn.finish_reason,
-                tokenizer=turn.tokenizer,
-                notes=dict(turn.notes),
-                created_at=turn.created_at,
-            )
-            copies.append(copy)
-            parent = copy.id
-        return copies
-
-    def _cut(self, turn: TurnRecord, token: int, replace: int | None) -> None:
-        if not 0 <= token <= len(turn.token_ids):
-            raise InvalidRequest(
-                f"`token` must be from 0 to {len(turn.token_ids)}, the length of the answer",
-                param="token",
-            )
-        if turn.tokenizer != self.fingerprint:
-            raise InvalidRequest(
-                "the answer was made with another model; its tokens cannot be cut", param="token"
-            )
-        turn.token_ids = turn.token_ids[:token]
-        turn.status, turn.finish_reason = "interrupted", None
-        if replace is not None:
-            model = self._client.model
-            if model is not None and replace >= model.vocab_size:
-                raise InvalidRequest(
-                    f"`replace` must be a token id below {model.vocab_size}", param="replace"
-                )
-            turn.token_ids = [*turn.token_ids, replace]
-            if replace in self._tokenizer.eos_token_ids:
-                turn.status, turn.finish_reason = "complete", "stop"
-        text = shown_text(self._tokenizer.token_bytes, turn.token_ids)
-        turn.content = [{"type": "text", "text": text}]
-
 
 def _without_own(path: Sequence[TurnRecord]) -> list[int]:
     """The path's tokens without those of its last turn's own."""
     tokens = path_token_ids(path)
     return tokens[: len(tokens) - len(path[-1].token_ids)]
-
-
-def _computed_tokens(path: Sequence[TurnRecord]) -> int:
-    """How many of the path's tokens an engine of this server has seen: those up to the end of the
-    last answer that was made here."""
-    made = [i for i, turn in enumerate(path) if "cached_tokens" in turn.notes]
-    return len(path_token_ids(path[: made[-1] + 1])) if made else 0
 
 
 def _rewrite_notes(extension: Extension) -> dict[str, Any]:
@@ -660,30 +562,6 @@ def _rewrite_notes(extension: Extension) -> dict[str, Any]:
             "after": extension.rewrite.after,
         }
     return notes
-
-
-def _last_answer_report(path: Sequence[TurnRecord]) -> dict[str, Any] | None:
-    """What the path's last answer found in the cache, and why it found no more."""
-    answer = next((turn for turn in reversed(path) if "cached_tokens" in turn.notes), None)
-    if answer is None:
-        return None
-    notes = answer.notes
-    report: dict[str, Any] = {
-        "turn": answer.id,
-        "prompt_tokens": notes["prompt_tokens"],
-        "cached_tokens": notes["cached_tokens"],
-        "expected_tokens": notes["expected_tokens"],
-        "miss": None,
-    }
-    if "rewrite" in notes:
-        report["miss"] = notes["rewrite"]
-    elif sum(notes["cached_tokens"].values()) < notes["expected_tokens"]:
-        corrupt = notes.get("corrupt_blocks", 0) > 0
-        report["miss"] = {
-            "reason": "corrupt" if corrupt else "evicted",
-            "token": sum(notes["cached_tokens"].values()),
-        }
-    return report
 
 
 def _busy(session_id: str, running: Generation | None) -> SessionBusy:

@@ -162,6 +162,8 @@ class Loop:
         try:
             while (message := self._channel.receive()) is not None:
                 self._inbox.put(message)
+        except ConnectionResetError:
+            pass  # it left without reading all that was sent
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             sys.stderr.write(f"engine: the channel broke: {error}\n")
         os._exit(0)  # the server is gone: nothing here is worth a clean-up

@@ -15,7 +15,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from server.store.errors import StoreError, store_error
+from server.store.errors import StoreError
+from server.store.failures import store_error
 from server.store.lock import FolderLock, lock_database
 
 NUM_READERS = 4

@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.store import operations, queries
 from server.store.database import NUM_READERS, Database, open_database
-from server.store.errors import StoreError, is_unreachable, store_error
+from server.store.errors import StoreError
+from server.store.failures import is_unreachable, store_error
 from server.store.records import (
     GenerationLog,
     GenerationRecord,

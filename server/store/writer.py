@@ -19,7 +19,8 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.store.database import Database
-from server.store.errors import StoreError, is_unreachable, store_error
+from server.store.errors import StoreError
+from server.store.failures import is_unreachable, store_error
 
 T = TypeVar("T")
 CAPACITY = 10_000

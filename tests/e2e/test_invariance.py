@@ -117,7 +117,7 @@ def check(count: int, longest: int, around: list[Around]) -> None:
 
 
 def test_bits_do_not_depend_on_what_is_around() -> None:
-    check(24, 120, OTHERS)
+    check(14, 120, OTHERS)
 
 
 def test_bits_do_not_depend_on_chunks_of_one_token() -> None:
