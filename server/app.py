@@ -25,6 +25,7 @@ from server.api import (
     sessions,
     streams,
     tokens,
+    turns,
 )
 from server.errors import (
     HeadwaterError,
@@ -76,6 +77,7 @@ def with_routes(app: DescribedApp) -> DescribedApp:
         conversations,
         messages,
         sessions,
+        turns,
         streams,
         models,
         tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 
 from server.errors import InvalidRequest
 from server.store.records import TurnRecord
@@ -17,20 +18,13 @@ def copies_of(path: Sequence[TurnRecord]) -> list[TurnRecord]:
     parent: str | None = None
     copies = []
     for turn in path:
-        copy = TurnRecord(
+        copy = replace(
+            turn,
             id=f"turn_{secrets.token_hex(16)}",
-            session=turn.session,
             parent=parent,
-            role=turn.role,
-            content=turn.content,
-            prompt_token_ids=turn.prompt_token_ids,
-            token_ids=turn.token_ids,
-            replaces_history=turn.replaces_history,
-            status=turn.status,
-            finish_reason=turn.finish_reason,
-            tokenizer=turn.tokenizer,
+            generation=None,
             notes=dict(turn.notes),
-            created_at=turn.created_at,
+            number=0,
         )
         copies.append(copy)
         parent = copy.id
@@ -38,9 +32,9 @@ def copies_of(path: Sequence[TurnRecord]) -> list[TurnRecord]:
 
 
 def cut(
-    turn: TurnRecord, token: int, replace: int | None, tokenizer: Tokenizer, vocab_size: int
+    turn: TurnRecord, token: int, next_id: int | None, tokenizer: Tokenizer, vocab_size: int
 ) -> None:
-    """Cut an answer after `token` tokens, with `replace` as the next one. One that ends the answer
+    """Cut an answer after `token` tokens, with `next_id` as the next one. One that ends the answer
     completes it; else it can be gone on with. Of half a character nothing is shown until the rest
     is there. Raises InvalidRequest."""
     if not 0 <= token <= len(turn.token_ids):
@@ -50,12 +44,12 @@ def cut(
         )
     turn.token_ids = turn.token_ids[:token]
     turn.status, turn.finish_reason = "interrupted", None
-    if replace is not None:
-        if replace >= vocab_size:
+    if next_id is not None:
+        if next_id >= vocab_size:
             raise InvalidRequest(
                 f"`replace` must be a token id below {vocab_size}", param="replace"
             )
-        turn.token_ids = [*turn.token_ids, replace]
-        if replace in tokenizer.eos_token_ids:
+        turn.token_ids = [*turn.token_ids, next_id]
+        if next_id in tokenizer.eos_token_ids:
             turn.status, turn.finish_reason = "complete", "stop"
     turn.content = [{"type": "text", "text": shown_text(tokenizer.token_bytes, turn.token_ids)}]

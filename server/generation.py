@@ -10,65 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model.engine.messages import TokenLogprob, TokenOutput
 from model.engine.request import SamplingParams
-from server.errors import HeadwaterError, ServerError, from_engine
+from server.errors import ServerError, from_engine
+from server.events import Delta, Done, Failed, Progress
 from server.owners import Owner
 from server.store.records import GenerationKind, TurnRecord
 from server.text.answer_text import PLAIN, Markup
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
-
-
-@dataclass(slots=True, frozen=True)
-class Started:
-    """The engine has admitted the request: what it found in its caches is known."""
-
-
-@dataclass(slots=True, frozen=True)
-class Progress:
-    """Nothing to show yet: the place in the queue (0 is the next), or how much of the prompt is
-    computed, as (done, total) tokens."""
-
-    queue_position: int = -1
-    prefill: tuple[int, int] | None = None
-
-
-@dataclass(slots=True, frozen=True)
-class Paused:
-    """The engine died. Another one goes on with the very next token."""
-
-
-@dataclass(slots=True, frozen=True)
-class Delta:
-    """Tokens and the text they show; `end` is how many output tokens there are up to its end.
-    `logprobs` has one entry a token where they were asked for."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    end: int
-
-
-@dataclass(slots=True, frozen=True)
-class Done:
-    """The end of a log. `abort`: somebody cancelled it."""
-
-    finish_reason: Literal["stop", "length", "abort"]
-
-
-@dataclass(slots=True, frozen=True)
-class Failed:
-    """The end of a log that broke."""
-
-    error: HeadwaterError
-
-
-Event = Started | Progress | Paused | Delta | Done | Failed
 
 
 @dataclass(slots=True)
@@ -202,6 +156,11 @@ class Generation:
         return self._end
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that come before this log: the prompt, and what is gone on with."""
+        return len(self.prompt_token_ids) + len(self.resumed_token_ids)
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens that were drawn, those that a stop string cut off among them."""
         return len(self.drawn_token_ids)
@@ -227,9 +186,8 @@ class Generation:
         prefill = timings.first_token - timings.submitted if timings.first_token else 0.0
         decode = timings.last_token - timings.first_token
         num_decoded = self.num_output_tokens - self._num_replayed - 1
-        num_prompt = len(self.prompt_token_ids) + len(self.resumed_token_ids)
         return {
-            "prompt_tokens": num_prompt,
+            "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "cached_tokens": {
                 "device": self.num_reused_tokens - self.num_disk_tokens,
@@ -311,8 +269,9 @@ class Generation:
     def _note(self, output: TokenOutput) -> None:
         if output.num_reused_tokens >= 0 and not self.admitted:
             self.timings.admitted = time.monotonic()
-            self.num_reused_tokens = output.num_reused_tokens
-            self.num_disk_tokens = output.num_disk_tokens
+            # Tokens that this log got from an earlier process are found too, and are no prompt.
+            self.num_reused_tokens = min(output.num_reused_tokens, self.num_prompt_tokens)
+            self.num_disk_tokens = min(output.num_disk_tokens, self.num_reused_tokens)
             self.num_corrupt_blocks = output.num_corrupt_blocks
         self.prompt_logprobs += output.prompt_logprobs
         if output.queue_position >= 0 or output.prefill is not None:
@@ -422,62 +381,3 @@ class Generation:
         """Let the readers look for news."""
         for listener in self._listeners:
             listener.set()
-
-
-class _Cursor:
-    """How far one reader is in one log."""
-
-    __slots__ = ("_admitted", "_generation", "_offset", "_pauses", "_progress")
-
-    def __init__(self, generation: Generation, offset: int | None) -> None:
-        self._generation = generation
-        self._offset = offset or 0
-        self._admitted = offset is not None
-        self._pauses = generation.pauses
-        self._progress: Progress | None = None
-
-    def news(self) -> list[Event]:
-        generation = self._generation
-        events: list[Event] = []
-        if generation.pauses != self._pauses and not generation.ended:
-            self._pauses = generation.pauses
-            events.append(Paused())
-        if generation.progress is not self._progress:
-            self._progress = generation.progress
-            if self._progress is not None and not generation.drawn_token_ids:
-                events.append(self._progress)
-        if not self._admitted and (generation.admitted or generation.token_ids):
-            self._admitted = True
-            events.append(Started())
-        delta = generation.delta(self._offset)
-        if delta is not None:
-            self._offset = delta.end
-            events.append(delta)
-        if generation.outcome is not None:
-            events.append(generation.outcome)
-        return events
-
-
-async def read(
-    generations: Sequence[Generation], after: int | None = None
-) -> AsyncIterator[list[tuple[int, Event]]]:
-    """The events of several generations as they come, as (index, event). One batch a wake-up, so
-    that a step costs one write however many choices it served. `after` is the number of output
-    tokens that the reader has; None: not even that it started."""
-    news = asyncio.Event()
-    cursors = {i: _Cursor(generation, after) for i, generation in enumerate(generations)}
-    for generation in generations:
-        generation.listen(news)
-    try:
-        while cursors:
-            await news.wait()
-            news.clear()
-            batch = [(i, event) for i, cursor in cursors.items() for event in cursor.news()]
-            for i, event in batch:
-                if isinstance(event, Done | Failed):
-                    del cursors[i]
-            if batch:
-                yield batch
-    finally:
-        for generation in generations:
-            generation.unlisten(news)

@@ -29,7 +29,8 @@ from server.errors import (
     QueueFull,
     RateLimited,
 )
-from server.generation import Done, Durable, Failed, Generation
+from server.events import Done, Failed
+from server.generation import Durable, Generation
 from server.metrics import Metrics
 from server.owners import Owner
 from server.text.answer_text import PLAIN, Markup

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from server.errors import IdempotencyConflict, InvalidRequest
-from server.generation import Done, Generation
+from server.events import Done
+from server.generation import Generation
 from server.owners import Owner
 from server.store.records import IdempotencyRecord
 from server.store.store import Store

@@ -19,7 +19,8 @@ from model.engine.messages import TokenLogprob
 from model.engine.request import SamplingParams
 from server.engine_client import EngineClient
 from server.errors import ServerError
-from server.generation import Done, Durable, Failed, Generation
+from server.events import Done, Failed
+from server.generation import Durable, Generation
 from server.generations import Generations
 from server.owners import Owner, Owners
 from server.store.errors import StoreConflict, StoreError
@@ -27,6 +28,7 @@ from server.store.records import (
     GenerationRecord,
     GenerationStatus,
     IdempotencyRecord,
+    SessionRecord,
     TokenChunk,
     TurnRecord,
 )
@@ -175,19 +177,51 @@ class Journal:
         generation = self._generations.make(
             prompt, params, owner=owner, stop=stop, durable=Durable("chat"), markup=markup
         )
+        await self.begin(generation, idempotency=idempotency)
+        return generation
+
+    async def begin(
+        self,
+        generation: Generation,
+        turns: Sequence[TurnRecord] = (),
+        *,
+        new_session: SessionRecord | None = None,
+        idempotency: IdempotencyRecord | None = None,
+    ) -> None:
+        """Store a durable generation, the new `turns` that it answers and the turn that it writes,
+        new or gone on with; then run it. The head of a session moves to its turn at once, that of a
+        conversation when a response came to its end."""
+        durable = generation.durable
+        assert durable is not None
+        turn = durable.turn
+        reopened = None
+        head = None
+        if turn is not None:
+            turn.generation = generation.id
+            turn.notes |= {
+                "params": msgspec.to_builtins(generation.params),
+                "stop": list(generation.stop),
+            }
+            if turn.number:  # the store has it
+                reopened = turn
+            else:
+                turns = [*turns, turn]
+            if "response" not in turn.notes:
+                head = turn.session, turn.id
         if idempotency is not None:
             idempotency.target = generation.id
         await self._store.begin(
-            [],
-            self.record(generation),
-            head=None,
-            updated_at=generation.created_at,
+            turns,
+            self._record(generation),
+            head=head,
+            updated_at=time.time(),
             idempotency=idempotency,
+            reopened=reopened,
+            session=new_session,
         )
         self._generations.submit(generation)
-        return generation
 
-    def record(self, generation: Generation) -> GenerationRecord:
+    def _record(self, generation: Generation) -> GenerationRecord:
         """What the store keeps of it, from before its first token."""
         durable = generation.durable
         assert durable is not None

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from server.answer_runs import AnswerRuns, Kind, Run
-from server.generation import Done, Generation
+from server.events import Done
+from server.generation import Generation
 from server.text.tool_calls import call_id
 
 Event = dict[str, Any]

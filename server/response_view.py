@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from model.engine.messages import TokenLogprob
 from server.api.answers import finite
 from server.errors import ServerDraining
-from server.generation import Done, Failed, Generation
+from server.events import Done, Failed
+from server.generation import Generation
 from server.responses_wire import (
     Event,
     ItemStatus,

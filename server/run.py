@@ -11,9 +11,10 @@ from pathlib import Path
 from model.hub import ModelFiles
 from server.api.chat import ChatMessage, ChatRequest, prompt_token_ids
 from server.errors import HeadwaterError, Overloaded
-from server.generation import Delta, Failed, read
+from server.events import Delta, Failed
 from server.owners import Owners
 from server.prompt import room_for_answer
+from server.reader import read
 from server.secret import load_secret
 from server.services import Services
 from server.settings import Settings

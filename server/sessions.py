@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import msgspec
 
 from model.engine.messages import ModelInfo
 from model.engine.request import SamplingParams
-from server.cache_report import cache_report, computed_blocks, computed_tokens
+from server.cache_report import cache_report, computed_blocks
 from server.engine_client import EngineClient
 from server.errors import (
     ContextLengthExceeded,
@@ -29,11 +28,12 @@ from server.errors import (
     SessionBusy,
 )
 from server.forks import copies_of, cut
-from server.generation import Durable, Generation, read
+from server.generation import Durable, Generation
 from server.generations import Generations
 from server.journal import Journal
 from server.owners import Owner
 from server.prompt import off_loop, room_for_answer
+from server.reader import read
 from server.store.errors import StoreConflict
 from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
 from server.store.store import Store
@@ -41,11 +41,11 @@ from server.text.appended_text import message_of
 from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.history import Extension, drop_oldest, extend, path_token_ids
 from server.text.tokenizer import Tokenizer
+from server.turns import new_answer, new_turns
 
 OnBusy = Literal["error", "queue", "cancel_previous"]
 MIN_ANSWER_TOKENS = 16  # what an answer of no stated length must have room for before turns go
 MAX_QUEUED_TURNS = 64
-TURN_FIELDS = {"role", "content"}  # of a message; what else it has goes into its turn's notes
 
 
 @dataclass(slots=True, frozen=True)
@@ -126,31 +126,40 @@ class Sessions:
         wish: Wish,
         *,
         parent: str | Literal[False] | None = False,
-        answer: bool = True,
         on_busy: OnBusy = "error",
         idempotency: IdempotencyRecord | None = None,
-    ) -> tuple[TurnRecord, Generation | None]:
-        """Add turns after `parent` (None: the root; False: the head), and answer them. Returns the
-        last turn, and the generation that writes it."""
+    ) -> Generation:
+        """Add turns after `parent` (None: the root; False: the head), and answer them."""
         async with self.free(owner, session_id, on_busy) as session:
             path = await self.path(session, session.head if parent is False else parent)
-            model = self._client.check_ready() if answer else None
-            extension = await self.extend(session, path, messages, model, wish.max_tokens)
-            turns = self.new_turns(session, path, messages, extension)
-            if model is None:
-                return await self._add(session, turns, idempotency), None
-            params = self._params(model, session, wish, len(extension.prompt_token_ids))
-            last = turns[-1] if turns else path[-1]
-            return await self._answer(
-                owner,
-                session,
+            return await self._reply(owner, session, path, messages, wish, idempotency)
+
+    async def add(
+        self,
+        owner: Owner,
+        session_id: str,
+        messages: Sequence[dict[str, Any]],
+        *,
+        parent: str | Literal[False] | None = False,
+        on_busy: OnBusy = "error",
+        idempotency: IdempotencyRecord | None = None,
+    ) -> TurnRecord:
+        """Add turns as `append` does, and answer nothing. Returns the last one."""
+        async with self.free(owner, session_id, on_busy) as session:
+            path = await self.path(session, session.head if parent is False else parent)
+            extension = await self.extend(session, path, messages, None, None)
+            turns = new_turns(session.id, path, messages, extension, self.fingerprint)
+            last = turns[-1]
+            if idempotency is not None:
+                idempotency.target = f"{session.id}/{last.id}"
+            await self._store.begin(
                 turns,
-                self.new_answer(session, last, extension, path),
-                extension.prompt_token_ids,
-                params,
-                wish.stop,
+                None,
+                head=(session.id, last.id),
+                updated_at=time.time(),
                 idempotency=idempotency,
             )
+            return last
 
     async def regenerate(
         self,
@@ -161,7 +170,7 @@ class Sessions:
         *,
         on_busy: OnBusy = "error",
         idempotency: IdempotencyRecord | None = None,
-    ) -> tuple[TurnRecord, Generation]:
+    ) -> Generation:
         """Another answer beside `turn_id` (the head), or to it where it is no answer."""
         async with self.free(owner, session_id, on_busy) as session:
             path = await self.path(session, turn_id or session.head)
@@ -169,19 +178,7 @@ class Sessions:
                 path = path[:-1]
             if not path:
                 raise InvalidRequest("there is nothing to answer: the session has no turn yet")
-            model = self._client.check_ready()
-            extension = await self.extend(session, path, [], model, wish.max_tokens)
-            params = self._params(model, session, wish, len(extension.prompt_token_ids))
-            return await self._answer(
-                owner,
-                session,
-                [],
-                self.new_answer(session, path[-1], extension, path),
-                extension.prompt_token_ids,
-                params,
-                wish.stop,
-                idempotency=idempotency,
-            )
+            return await self._reply(owner, session, path, [], wish, idempotency)
 
     async def resume(
         self,
@@ -191,7 +188,7 @@ class Sessions:
         max_tokens: int | None,
         on_busy: OnBusy = "error",
         idempotency: IdempotencyRecord | None = None,
-    ) -> tuple[TurnRecord, Generation]:
+    ) -> Generation:
         """Go on with the head, an answer that did not come to its end: the same seed, the same
         parameters, and so the tokens that it would have had."""
         async with self.free(owner, session_id, on_busy) as session:
@@ -218,17 +215,17 @@ class Sessions:
             params = msgspec.convert(turn.notes["params"], SamplingParams, str_keys=True)
             params = msgspec.structs.replace(params, max_tokens=len(turn.token_ids) + room)
             turn.status = "running"
-            return await self._answer(
-                owner,
-                session,
-                [],
-                turn,
+            self._generations.check_room(owner)
+            generation = self._generations.make(
                 prompt,
                 params,
-                turn.notes["stop"],
-                resumed=list(turn.token_ids),
-                idempotency=idempotency,
+                owner=owner,
+                stop=turn.notes["stop"],
+                resumed_token_ids=turn.token_ids,
+                durable=Durable("turn", session.id, turn),
             )
+            await self._journal.begin(generation, idempotency=idempotency)
+            return generation
 
     async def set_head(self, owner: Owner, session_id: str, turn_id: str) -> None:
         """Rewind, or switch to another branch."""
@@ -247,7 +244,7 @@ class Sessions:
             return
         messages = [message_of(turn) for turn in after]
         extension = await self.extend(session, before, messages, None, None)
-        copies = self.new_turns(session, before, messages, extension)
+        copies = new_turns(session.id, before, messages, extension, self.fingerprint)
         for copy, turn in zip(copies, after, strict=True):
             copy.content, copy.status = turn.content, turn.status
             copy.finish_reason, copy.created_at = turn.finish_reason, turn.created_at
@@ -270,7 +267,6 @@ class Sessions:
         if running is not None:
             self._generations.cancel(running)
         self._client.forget(dropped)
-        self._lines.pop(session.id, None)
 
     async def fork(
         self,
@@ -300,18 +296,14 @@ class Sessions:
             cut(turns[-1], token, replace, self._tokenizer, model.vocab_size)
         elif replace is not None:
             raise InvalidRequest("`replace` needs `token`, its place", param="replace")
-        now = time.time()
-        fork = SessionRecord(
-            id=f"sess_{secrets.token_hex(16)}",
-            owner=owner.name,
+        fork = SessionRecord.new(
+            owner.name,
             title=session.title,
             instructions=session.instructions,
             metadata=session.metadata,
             defaults=session.defaults,
             overflow=session.overflow,
             head=turns[-1].id if turns else None,
-            created_at=now,
-            updated_at=now,
         )
         for turn in turns:
             turn.session = fork.id
@@ -430,138 +422,38 @@ class Sessions:
             raise
         return wish.params(room)
 
-    def new_turns(
-        self,
-        session: SessionRecord,
-        path: list[TurnRecord],
-        messages: Sequence[dict[str, Any]],
-        extension: Extension,
-        fingerprint: str | None = None,
-    ) -> list[TurnRecord]:
-        """The turns of new messages, which `extension` gave tokens."""
-        turns: list[TurnRecord] = []
-        parent = path[-1].id if path else None
-        for message, (before, own) in zip(messages, extension.turns, strict=True):
-            turn = TurnRecord(
-                id=f"turn_{secrets.token_hex(16)}",
-                session=session.id,
-                parent=parent,
-                role=message["role"],
-                content=[{"type": "text", "text": message["content"]}],
-                prompt_token_ids=before,
-                token_ids=own,
-                replaces_history=extension.replaces_history and not turns,
-                tokenizer=fingerprint or self.fingerprint,
-                created_at=time.time(),
-            )
-            if turn.replaces_history:
-                turn.notes = _rewrite_notes(extension)
-            beside = {key: value for key, value in message.items() if key not in TURN_FIELDS}
-            if beside:
-                turn.notes["message"] = beside
-            turns.append(turn)
-            parent = turn.id
-        return turns
-
-    def new_answer(
-        self,
-        session: SessionRecord,
-        parent: TurnRecord,
-        extension: Extension,
-        path: list[TurnRecord],
-        fingerprint: str | None = None,
-    ) -> TurnRecord:
-        """The turn of an answer that is about to run."""
-        anew = extension.replaces_history and not extension.turns
-        notes: dict[str, Any] = {"history_tokens": computed_tokens(path)}
-        if anew or extension.rewrite is not None:
-            notes |= _rewrite_notes(extension)
-        return TurnRecord(
-            id=f"turn_{secrets.token_hex(16)}",
-            session=session.id,
-            parent=parent.id,
-            role="assistant",
-            prompt_token_ids=extension.generation_prompt,
-            replaces_history=anew,
-            status="running",
-            tokenizer=fingerprint or self.fingerprint,
-            notes=notes,
-            created_at=time.time(),
-        )
-
-    async def _add(
-        self,
-        session: SessionRecord,
-        turns: list[TurnRecord],
-        idempotency: IdempotencyRecord | None,
-    ) -> TurnRecord:
-        last = turns[-1]
-        if idempotency is not None:
-            idempotency.target = f"{session.id}/{last.id}"
-        await self._store.begin(
-            turns,
-            None,
-            head=(session.id, last.id),
-            updated_at=time.time(),
-            idempotency=idempotency,
-        )
-        return last
-
-    async def _answer(
+    async def _reply(
         self,
         owner: Owner,
         session: SessionRecord,
-        turns: list[TurnRecord],
-        turn: TurnRecord,
-        prompt: list[int],
-        params: SamplingParams,
-        stop: Sequence[str],
-        *,
-        resumed: Sequence[int] | None = None,
-        idempotency: IdempotencyRecord | None = None,
-    ) -> tuple[TurnRecord, Generation]:
-        """Store the turns and the generation that answers them, then run it."""
+        path: list[TurnRecord],
+        messages: Sequence[dict[str, Any]],
+        wish: Wish,
+        idempotency: IdempotencyRecord | None,
+    ) -> Generation:
+        """Answer `messages` after `path`."""
+        model = self._client.check_ready()
+        extension = await self.extend(session, path, messages, model, wish.max_tokens)
+        prompt = extension.prompt_token_ids
+        params = self._params(model, session, wish, len(prompt))
+        turns = new_turns(session.id, path, messages, extension, self.fingerprint)
+        turn = new_answer(session.id, path, turns, extension, self.fingerprint)
         self._generations.check_room(owner)
         generation = self._generations.make(
             prompt,
             params,
             owner=owner,
-            stop=stop,
-            resumed_token_ids=resumed or (),
+            stop=wish.stop,
             durable=Durable("turn", session.id, turn),
         )
-        turn.generation = generation.id
-        turn.notes |= {"params": msgspec.to_builtins(params), "stop": list(stop)}
-        if idempotency is not None:
-            idempotency.target = generation.id
-        await self._store.begin(
-            [*turns, turn] if resumed is None else [],
-            self._journal.record(generation),
-            head=(session.id, turn.id),
-            updated_at=time.time(),
-            idempotency=idempotency,
-            reopened=None if resumed is None else turn,
-        )
-        self._generations.submit(generation)
-        return turn, generation
+        await self._journal.begin(generation, turns, idempotency=idempotency)
+        return generation
 
 
 def _without_own(path: Sequence[TurnRecord]) -> list[int]:
     """The path's tokens without those of its last turn's own."""
     tokens = path_token_ids(path)
     return tokens[: len(tokens) - len(path[-1].token_ids)]
-
-
-def _rewrite_notes(extension: Extension) -> dict[str, Any]:
-    notes: dict[str, Any] = {"dropped": extension.dropped} if extension.dropped else {}
-    if extension.rewrite is not None:
-        notes["rewrite"] = {
-            "reason": extension.rewrite.reason,
-            "token": extension.rewrite.token,
-            "before": extension.rewrite.before,
-            "after": extension.rewrite.after,
-        }
-    return notes
 
 
 def _busy(session_id: str, running: Generation | None) -> SessionBusy:

@@ -10,8 +10,6 @@ A response has the bits of its generation's id, so that either tells the other.
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,11 +20,12 @@ from blake3 import blake3
 from model.engine.request import SamplingParams
 from server.engine_client import EngineClient
 from server.errors import Conflict, ContextLengthExceeded, InvalidRequest, NotFound
-from server.generation import Durable, Generation, read
+from server.generation import Durable, Generation
 from server.generations import Generations
 from server.journal import Journal
 from server.owners import Owner
 from server.prompt import room_for_answer
+from server.reader import read
 from server.sessions import Sessions, Wish
 from server.store.records import (
     GenerationRecord,
@@ -38,6 +37,7 @@ from server.store.records import (
 from server.store.store import Store
 from server.text.answer_text import Markup
 from server.text.chat_template import ChatTemplate
+from server.turns import new_answer, new_turns
 
 
 @dataclass(slots=True, frozen=True)
@@ -100,14 +100,7 @@ class Responses:
         if order.previous is not None:
             session, path = await self._previous(owner, order.previous)
             return await self._start(owner, session, path, order, idempotency)
-        now = time.time()
-        session = SessionRecord(
-            id=f"sess_{secrets.token_hex(16)}",
-            owner=owner.name,
-            listed=False,
-            created_at=now,
-            updated_at=now,
-        )
+        session = SessionRecord.new(owner.name, listed=False)
         return await self._start(owner, session, [], order, idempotency, new=True)
 
     async def conversation(self, owner: Owner, session_id: str) -> SessionRecord:
@@ -233,9 +226,13 @@ class Responses:
                 [prompt], params, owner=owner, stop=order.wish.stop, markup=markup
             )
             return generation
-        turns = self._sessions.new_turns(session, path, order.messages, extension, fingerprint)
-        parent = turns[-1] if turns else path[-1]
-        turn = self._sessions.new_answer(session, parent, extension, path, fingerprint)
+        turns = new_turns(session.id, path, order.messages, extension, fingerprint)
+        turn = new_answer(session.id, path, turns, extension, fingerprint)
+        turn.notes["response"] = {
+            **order.echo,
+            "markup": msgspec.to_builtins(markup),
+            "num_input_turns": len(turns),
+        }
         kind: Literal["turn", "response"] = "turn" if order.background else "response"
         generation = self._generations.make(
             prompt,
@@ -245,25 +242,7 @@ class Responses:
             durable=Durable(kind, session.id, turn),
             markup=markup,
         )
-        turn.generation = generation.id
-        turn.notes |= {
-            "params": msgspec.to_builtins(params),
-            "stop": list(order.wish.stop),
-            "response": {
-                **order.echo,
-                "markup": msgspec.to_builtins(markup),
-                "num_input_turns": len(turns),
-            },
-        }
-        if idempotency is not None:
-            idempotency.target = generation.id
-        await self._store.begin(
-            [*turns, turn],
-            self._journal.record(generation),
-            head=None,
-            updated_at=time.time(),
-            idempotency=idempotency,
-            session=session if new else None,
+        await self._journal.begin(
+            generation, turns, new_session=session if new else None, idempotency=idempotency
         )
-        self._generations.submit(generation)
         return generation

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -123,7 +121,15 @@ def imported(
     those of another one are kept, and the text is tokenised again when it is gone on with.
 
     Raises InvalidRequest for a transcript that does not hang together."""
-    session_id = f"sess_{secrets.token_hex(16)}"
+    told = transcript.session
+    session = SessionRecord.new(
+        owner,
+        title=told.title,
+        instructions=told.instructions,
+        metadata=told.metadata,
+        defaults=told.defaults.model_dump(exclude_none=True),
+        overflow=told.overflow,
+    )
     ids: dict[str, str] = {}
     turns: list[TurnRecord] = []
     for i, turn in enumerate(transcript.turns):
@@ -137,41 +143,27 @@ def imported(
             )
         if turn.tokenizer == fingerprint:
             _check_tokens(turn, where, tokenizer, vocab_size)
-        ids[turn.id] = f"turn_{secrets.token_hex(16)}"
-        turns.append(
-            TurnRecord(
-                id=ids[turn.id],
-                session=session_id,
-                parent=None if turn.parent is None else ids[turn.parent],
-                role=turn.role,
-                content=[item.model_dump() for item in turn.content],
-                prompt_token_ids=turn.prompt_token_ids,
-                token_ids=turn.token_ids,
-                replaces_history=turn.replaces_history,
-                status=turn.status,
-                finish_reason=turn.finish_reason,
-                tokenizer=turn.tokenizer,
-                notes=turn.notes.model_dump(exclude_defaults=True) | {"stop": turn.notes.stop},
-                created_at=turn.created_at,
-            )
+        record = TurnRecord.new(
+            session.id,
+            None if turn.parent is None else ids[turn.parent],
+            turn.role,
+            content=[item.model_dump() for item in turn.content],
+            prompt_token_ids=turn.prompt_token_ids,
+            token_ids=turn.token_ids,
+            replaces_history=turn.replaces_history,
+            status=turn.status,
+            finish_reason=turn.finish_reason,
+            tokenizer=turn.tokenizer,
+            notes=turn.notes.model_dump(exclude_defaults=True) | {"stop": turn.notes.stop},
         )
-    head = transcript.session.head
+        record.created_at = turn.created_at
+        ids[turn.id] = record.id
+        turns.append(record)
+    head = told.head
     if head is not None and head not in ids:
         raise InvalidRequest(f"`session.head`: there is no turn {head!r}", param="session.head")
-    now = time.time()
-    record = SessionRecord(
-        id=session_id,
-        owner=owner,
-        title=transcript.session.title,
-        instructions=transcript.session.instructions,
-        metadata=transcript.session.metadata,
-        defaults=transcript.session.defaults.model_dump(exclude_none=True),
-        overflow=transcript.session.overflow,
-        head=None if head is None else ids[head],
-        created_at=now,
-        updated_at=now,
-    )
-    return record, turns
+    session.head = None if head is None else ids[head]
+    return session, turns
 
 
 def _check_tokens(turn: TranscriptTurn, where: str, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -303,7 +303,7 @@ class Engine:
             output.num_corrupt_blocks = request.num_corrupt_blocks
             self._disk_tokens += request.num_disk_tokens
             self._reused_tokens += request.num_reused_tokens
-            self._prompt_tokens += request.num_prompt_tokens - request.num_reused_tokens
+            self._prompt_tokens += request.num_given_tokens - request.num_reused_tokens
         if update.token_id is not None:
             output.token_ids = [update.token_id]
             self._generated_tokens += 1

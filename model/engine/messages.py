@@ -153,13 +153,14 @@ class RequestError(msgspec.Struct):
 class TokenOutput(msgspec.Struct, omit_defaults=True):
     """What one request got from one step.
 
-    `num_reused_tokens` comes with the request's first output of tokens or of `prefill`: how many
-    prompt tokens were found in a cache, `num_disk_tokens` of them in the disk tier; beside them
-    `num_corrupt_blocks`, whose files were there and not what they should be. `prefill` is (done,
-    total) while the prompt is being computed. `queue_position` is how many requests are before one
-    that waits, when that has changed (-1: it is not told). `prompt_logprobs` has one entry for each
-    prompt token after the first. `block_keys` comes with the last output where it was asked for:
-    the keys of the full blocks that the request found or computed, from the root on."""
+    `num_reused_tokens` comes with the request's first output of tokens or of `prefill`: how many of
+    the given tokens, those drawn earlier among them, were found in a cache, and `num_disk_tokens` of
+    these in the disk tier; beside them `num_corrupt_blocks`, whose files were there and not what
+    they should be. `prefill` is (done, total) while the prompt is being computed. `queue_position`
+    is how many requests are before one that waits, when that has changed (-1: it is not told).
+    `prompt_logprobs` has one entry for each prompt token after the first. `block_keys` comes with
+    the last output where it was asked for: the keys of the full blocks that the request found or
+    computed, from the root on."""
 
     request_id: str
     token_ids: list[int] = []

@@ -72,9 +72,9 @@ class Request:
         "num_corrupt_blocks",
         "num_disk_tokens",
         "num_found_tokens",
+        "num_given_tokens",
         "num_indexed_blocks",
         "num_preempted_blocks",
-        "num_prompt_tokens",
         "num_reused_tokens",
         "num_told_logprobs",
         "output_token_ids",
@@ -104,9 +104,9 @@ class Request:
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids = list(output_token_ids or [])
         self.token_ids = prompt_token_ids + self.output_token_ids
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_given_tokens = len(self.token_ids)  # prompt, and tokens drawn earlier
         self.num_computed_tokens = 0
-        self.num_reused_tokens = -1  # of the prompt; unknown until it is first scheduled
+        self.num_reused_tokens = -1  # of the given ones; unknown until it is first scheduled
         self.num_disk_tokens = 0  # how many of them came from the disk tier
         self.num_corrupt_blocks = 0  # looked for there and found spoilt until then
         self.num_found_tokens = 0  # since it was admitted last: in the pool, then on disk

@@ -289,7 +289,7 @@ class Scheduler:
         if not self._restore(request):
             return 0
         if request.num_reused_tokens < 0:
-            request.num_reused_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            request.num_reused_tokens = request.num_computed_tokens
         num_tokens = min(request.num_uncomputed_tokens, budget)
         if not self._grow(request, num_tokens, plan, batch):
             return 0
@@ -373,9 +373,7 @@ class Scheduler:
                     return True
                 self.index.insert(key, parent, token_ids, block)
                 if request.num_reused_tokens < 0:
-                    request.num_disk_tokens += min(
-                        max(request.num_prompt_tokens - i * size, 0), size
-                    )
+                    request.num_disk_tokens += size
             request.block_table.append(block)
             request.num_indexed_blocks = i + 1
             request.num_computed_tokens = request.num_found_tokens = (i + 1) * size

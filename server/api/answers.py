@@ -14,9 +14,11 @@ from starlette.responses import Response
 
 from server.api.sampling import SamplingFields
 from server.errors import NotFound, StreamExpired
-from server.generation import Done, Failed, Generation, read
+from server.events import Done, Failed
+from server.generation import Generation
 from server.generations import Generations
 from server.owners import Owner
+from server.reader import read
 from server.responses import json_response
 from server.services import Services
 from server.sse import EventStream

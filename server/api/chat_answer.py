@@ -7,8 +7,10 @@ from typing import Any
 
 from model.engine.messages import TokenLogprob
 from server.api.answers import finite, usage, wire_reason
-from server.generation import Delta, Done, Failed, Generation, Paused, read
+from server.events import Delta, Done, Failed, Paused
+from server.generation import Generation
 from server.part_reader import PartReader
+from server.reader import read
 from server.services import Services
 from server.sse import DONE, comment_frame, data_frame
 from server.text.answer_text import AnswerPart, read_whole

@@ -15,8 +15,10 @@ from model.engine.messages import ModelInfo, TokenLogprob
 from server.api.answers import finite, new_id, respond, usage, wire_reason
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.generation import Delta, Done, Event, Failed, Generation, read
+from server.events import Delta, Done, Event, Failed
+from server.generation import Generation
 from server.prompt import off_loop, room_for_answer
+from server.reader import read
 from server.services import Caller, Services, Shared
 from server.sse import DONE, data_frame
 

@@ -3,7 +3,6 @@ head; a turn that answers may be several items."""
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Annotated, Any
 
@@ -19,8 +18,8 @@ from server.owners import Owner
 from server.responses import json_response
 from server.responses_wire import turn_items
 from server.services import Caller, Services, Shared
-from server.sessions import Wish
-from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
+from server.store.records import SessionRecord, TurnRecord
+from server.turns import new_turns
 
 router = APIRouter()
 
@@ -54,19 +53,12 @@ async def create_conversation(
     messages = messages_of(body.items or [], "items")
     async with services.idempotency.once(request, owner) as once:
         if not isinstance(once.made, str):
-            now = time.time()
-            record = SessionRecord(
-                id=f"sess_{secrets.token_hex(16)}",
-                owner=owner.name,
-                metadata=body.metadata or {},
-                created_at=now,
-                updated_at=now,
-            )
+            record = SessionRecord.new(owner.name, metadata=body.metadata or {})
             turns: list[TurnRecord] = []
             if messages:
                 sessions = services.sessions
                 extension = await sessions.extend(record, [], messages, None, None)
-                turns = sessions.new_turns(record, [], messages, extension)
+                turns = new_turns(record.id, [], messages, extension, sessions.fingerprint)
                 record.head = turns[-1].id
             if once.record is not None:
                 once.record.target = record.id
@@ -74,7 +66,7 @@ async def create_conversation(
                 turns,
                 None,
                 head=None,
-                updated_at=now,
+                updated_at=record.updated_at,
                 idempotency=once.record,
                 session=record,
             )
@@ -137,7 +129,9 @@ async def create_conversation_items(
     record = await _find(services, owner, id)
     async with services.idempotency.once(request, owner) as once:
         if once.made is None:
-            last = await _append(services, owner, record.id, messages, once.record)
+            last = await services.sessions.add(
+                owner, record.id, messages, on_busy="queue", idempotency=once.record
+            )
             once.made = f"{record.id}/{last.id}"
         assert isinstance(once.made, str)
         path = await services.sessions.path(record, once.made.partition("/")[2])
@@ -175,28 +169,6 @@ async def _find(services: Services, owner: Owner, id: str) -> SessionRecord:
     if not id.startswith("conv_"):
         raise NotFound(f"there is no conversation {id[:64]!r}")
     return await services.responses.conversation(owner, id.replace("conv_", "sess_", 1))
-
-
-async def _append(
-    services: Services,
-    owner: Owner,
-    session_id: str,
-    messages: list[dict[str, Any]],
-    idempotency: IdempotencyRecord | None,
-) -> TurnRecord:
-    def no_params(_: int) -> Any:
-        raise AssertionError("nothing is answered")
-
-    turn, _ = await services.sessions.append(
-        owner,
-        session_id,
-        messages,
-        Wish(no_params),
-        answer=False,
-        on_busy="queue",
-        idempotency=idempotency,
-    )
-    return turn
 
 
 def _locate(path: list[TurnRecord], item_id: str) -> tuple[int, dict[str, Any]]:

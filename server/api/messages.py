@@ -11,9 +11,11 @@ from server.api.answers import wait_for_all
 from server.api.chat import prompt_token_ids
 from server.api.message_fields import CountTokensRequest, MessagesRequest
 from server.errors import ServerError
-from server.generation import Delta, Done, Failed, Generation, Paused, read
+from server.events import Delta, Done, Failed, Paused
+from server.generation import Generation
 from server.messages_wire import MessageEvents
 from server.prompt import room_for_answer
+from server.reader import read
 from server.responses import anthropic_error, json_response
 from server.services import Caller, Services, Shared
 from server.sse import EventStream, comment_frame, event_frame

@@ -12,7 +12,9 @@ from server.api.answers import wait_for_all
 from server.api.response_fields import ResponseRequest
 from server.api.response_order import order_of
 from server.errors import NotFound, StreamExpired
-from server.generation import Delta, Failed, Generation, Paused, read
+from server.events import Delta, Failed, Paused
+from server.generation import Generation
+from server.reader import read
 from server.response_view import ResponseView
 from server.responses import json_response
 from server.responses_wire import input_items

@@ -17,7 +17,9 @@ from model.engine.messages import TokenLogprob
 from server.api.answers import find_generation, finite
 from server.api.chat_answer import ChatAnswer
 from server.errors import InvalidRequest
-from server.generation import Delta, Done, Failed, Generation, Paused, Progress, Started, read
+from server.events import Delta, Done, Failed, Paused, Progress, Started
+from server.generation import Generation
+from server.reader import read
 from server.responses import json_response
 from server.services import Caller, Services, Shared
 from server.sse import EventStream, comment_frame, event_frame

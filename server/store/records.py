@@ -6,6 +6,8 @@ be changed before the call returned: it is read in another thread.
 
 from __future__ import annotations
 
+import secrets
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +34,13 @@ class SessionRecord:
     created_at: float
     updated_at: float
 
+    @classmethod
+    def new(cls, owner: str, **fields: Any) -> SessionRecord:
+        """One that begins now, with an id of its own."""
+        now = time.time()
+        id = f"sess_{secrets.token_hex(16)}"
+        return cls(id=id, owner=owner, created_at=now, updated_at=now, **fields)
+
 
 @dataclass(slots=True, kw_only=True)
 class TurnRecord:
@@ -57,6 +66,14 @@ class TurnRecord:
     notes: dict[str, Any] = field(default_factory=dict)
     created_at: float
     number: int = 0
+
+    @classmethod
+    def new(cls, session: str, parent: str | None, role: str, **fields: Any) -> TurnRecord:
+        """One that is said now, with an id of its own."""
+        id = f"turn_{secrets.token_hex(16)}"
+        return cls(
+            id=id, session=session, parent=parent, role=role, created_at=time.time(), **fields
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -132,17 +132,6 @@ def finish(talkers: list[Talker]) -> list[list[tuple[str, list[int]]]]:
     return [[(reader.text, reader.token_ids) for reader in t.answered] for t in talkers]
 
 
-def kill_everything(server: Server) -> None:
-    """kill -9 of both processes at once."""
-    engine = server.engine
-    server.process.kill()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        engine.kill()
-    server.process.wait()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        engine.wait(5)
-
-
 def check_store(data: Path, copy: Path) -> None:
     """What the dead server left is whole. Looked at in a copy, so that the next one finds it as it
     was left."""
@@ -202,7 +191,7 @@ def check_reboots(
                 server.wait_idle()
                 continue
             wait_heard(talkers, place)
-            kill_everything(server)
+            server.kill_all()
         wait_noticed(talkers)
         check_store(folder / "data", folder / "copy")
     assert got == twins

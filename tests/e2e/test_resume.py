@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 from collections import Counter
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
+from tests.e2e.session_client import connected
 from tests.e2e.streams import Reader, stream_events
 from tests.fixtures.server import Server, serving, wait_until
 
@@ -37,16 +36,6 @@ VARIANTS = ("greedy", "sampled", "characters", "stops", "stopped", "logprobs")
 def server(tiny_model: Path) -> Iterator[Server]:
     with serving(str(tiny_model), "--max-num-seqs", "32") as server:
         yield server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[httpx.Client]:
-    with connected(server) as client:
-        yield client
-
-
-def connected(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(keepalive_expiry=2))
 
 
 def begin(client: httpx.Client, **fields: Any) -> str:
@@ -211,16 +200,6 @@ def test_cuts_across_an_engine_that_is_killed(server: Server) -> None:
         server.wait_idle()
 
 
-def kill_all(server: Server) -> None:
-    """kill -9 of both processes, the engine stopped before, so that nothing ends meanwhile."""
-    engine = server.engine
-    server.process.kill()
-    server.process.wait()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        engine.kill()
-        engine.wait(5)
-
-
 def test_cuts_across_a_restart_of_everything(tiny_model: Path, tmp_path: Path) -> None:
     env = {"HEADWATER_DATA": str(tmp_path)}
     with serving(str(tiny_model), env=env) as first, connected(first) as client:
@@ -229,7 +208,7 @@ def test_cuts_across_a_restart_of_everything(tiny_model: Path, tmp_path: Path) -
         readers = begun(client, kinds)
         first.engine.suspend()
         assert first.metric("headwater_requests_running") >= len(kinds) // 2
-        kill_all(first)
+        first.kill_all()
     with serving(str(tiny_model), env=env) as second, connected(second) as client:
         assert second.log.count("generation_resumed") >= len(kinds) // 2
         finish(client, readers, wholes)

@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from model.engine.messages import RequestError, TokenLogprob, TokenOutput
 from model.engine.request import SamplingParams
 from server.errors import InvalidRequest, ServerError
-from server.generation import (
-    Delta,
-    Done,
-    Event,
-    Failed,
-    Generation,
-    Paused,
-    Progress,
-    Started,
-    read,
-)
+from server.events import Delta, Done, Event, Failed, Paused, Progress, Started
+from server.generation import Generation
 from server.owners import Owner
+from server.reader import read
 from server.text.detokenizer import shown_text
 from server.text.tokenizer import Tokenizer
 from tests.fixtures.tiny_tokenizer import write_tokenizer

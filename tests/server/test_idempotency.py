@@ -13,7 +13,8 @@ from fastapi import Request
 
 from model.engine.request import SamplingParams
 from server.errors import IdempotencyConflict, InvalidRequest
-from server.generation import Done, Generation
+from server.events import Done
+from server.generation import Generation
 from server.idempotency import Idempotency, Once
 from server.owners import Owner
 from server.store.records import SessionRecord

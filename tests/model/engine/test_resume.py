@@ -91,8 +91,8 @@ def test_it_is_preempted_where_others_are_older() -> None:
 
 
 @pytest.mark.parametrize("done", [0, 1, 6, 13, 19])
-def test_usage_is_of_the_prompt_and_never_less_than_nothing(done: int, tmp_path: Path) -> None:
-    """Blocks of tokens that were drawn earlier are found as well, and are no prompt tokens."""
+def test_what_is_found_and_computed_counts_all_given_tokens(done: int, tmp_path: Path) -> None:
+    """Tokens that were drawn earlier are found, or prefilled again, as those of the prompt are."""
     prompt = prompt_without_end(10, 20)
     params = SamplingParams(max_tokens=20)
     engine, runner = make_engine(num_blocks=32, max_num_batched_tokens=64, disk=disk_tier(tmp_path))
@@ -108,11 +108,11 @@ def test_usage_is_of_the_prompt_and_never_less_than_nothing(done: int, tmp_path:
         assert rest.token_ids == whole[done:]
         found = (10 + done - 1) // 4 * 4
         assert runner.batches[num_batches] == [("r", found, 10 + done - found)]
-        assert rest.num_reused_tokens == min(found, 10)
-        assert rest.num_disk_tokens == (min(found, 10) if tier == "disk" else 0)
+        assert rest.num_reused_tokens == found
+        assert rest.num_disk_tokens == (found if tier == "disk" else 0)
         after = engine.stats()
-        assert after.prompt_tokens - before.prompt_tokens == 10 - min(found, 10)
-        assert after.reused_tokens - before.reused_tokens == min(found, 10)
+        assert after.prompt_tokens - before.prompt_tokens == 10 + done - found
+        assert after.reused_tokens - before.reused_tokens == found
     engine.close()
 
 
