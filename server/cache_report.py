@@ -65,6 +65,8 @@ async def computed_blocks(
         while at is not None:
             path.append(there[at])
             at = there[at].parent
+        if not any("history_tokens" in turn.notes for turn in path):
+            continue  # nothing of it was ever computed here
         with contextlib.suppress(HeadwaterError):  # the engine went away meanwhile
             states = await client.cached_blocks(path_token_ids(path[::-1]), salt)
             keys += [state.key for state in states]

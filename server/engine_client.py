@@ -104,6 +104,7 @@ class EngineClient:
         self.last_heartbeat = 0.0
         self.last_progress = 0.0
         self.made_tokens = False  # this engine
+        self.on_trial = False  # it computes one generation, which others may have died of
         self.on_lost: Callable[[HeadwaterError | None], None] = lambda _: None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_forgotten: Callable[[list[bytes]], None] = lambda _: None
@@ -118,7 +119,7 @@ class EngineClient:
     def attach(self, epoch: int) -> EngineChannel:
         """A channel for the engine process of this epoch; messages of older ones are dropped."""
         self.epoch = epoch
-        self.made_tokens = False
+        self.made_tokens = self.on_trial = False
         self._steps = -1
         self.last_heartbeat = self.last_progress = time.monotonic()
 

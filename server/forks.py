@@ -50,6 +50,7 @@ def cut(
                 f"`replace` must be a token id below {vocab_size}", param="replace"
             )
         turn.token_ids = [*turn.token_ids, next_id]
+        turn.notes.pop("cached_tokens", None)  # these tokens no engine has seen
         if next_id in tokenizer.eos_token_ids:
             turn.status, turn.finish_reason = "complete", "stop"
     turn.content = [{"type": "text", "text": shown_text(tokenizer.token_bytes, turn.token_ids)}]

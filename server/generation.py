@@ -21,7 +21,7 @@ from server.events import Delta, Done, Failed, Progress
 from server.owners import Owner
 from server.store.records import GenerationKind, TurnRecord
 from server.text.answer_text import PLAIN, Markup
-from server.text.detokenizer import Detokenizer
+from server.text.detokenizer import Detokenizer, shown_text
 from server.text.tokenizer import Tokenizer
 
 
@@ -96,26 +96,24 @@ class Generation:
     _drawn_logprobs: list[TokenLogprob] = field(default_factory=list)
     _num_replayed: int = 0
     _held_text: str = ""
-    _owed_text: str = ""
     _closing: Done | Failed | None = None
     _end: Done | Failed | None = None
     _listeners: set[asyncio.Event] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._detokenizer = self._new_detokenizer()
-        for token_id in self.resumed_token_ids:
-            self._detokenizer.feed(token_id)
-        self._num_owed = self._detokenizer.num_held_tokens
-        self._num_released = len(self._detokenizer.released_ends)
-        self._held_start = self._detokenizer.num_shown
-
-    def _new_detokenizer(self) -> Detokenizer:
-        return Detokenizer(
+        self._detokenizer = Detokenizer(
             self.tokenizer.token_bytes,
             self.prompt_token_ids,
             list(self.stop),
             min_tokens=self.params.min_tokens,
         )
+        for token_id in self.resumed_token_ids:
+            self._detokenizer.feed(token_id)
+        self._num_owed = self._detokenizer.num_held_tokens
+        self._num_released = len(self._detokenizer.released_ends)
+        self._held_start = self._detokenizer.num_shown
+        # What was held back for a stop string was shown when the generation before this one ended.
+        self._num_shown_before = self._detokenizer.num_held
 
     @property
     def admitted(self) -> bool:
@@ -172,11 +170,22 @@ class Generation:
 
     def whole_text(self) -> str:
         """The text of the answer that this is the end of: the resumed tokens' and its own."""
-        before = self._new_detokenizer()
-        shown = [before.feed(token_id).text for token_id in self.resumed_token_ids]
-        if not self.pieces:
-            shown.append(before.finish(half=False).text)
-        return "".join(shown) + self.text
+        before = shown_text(
+            self.tokenizer.token_bytes, self.resumed_token_ids, self.prompt_token_ids
+        )
+        if self.stop_string is not None:  # it may have begun before this generation did
+            before = before[: len(before) - self._num_shown_before]
+        return before + self.text
+
+    def whole_token_ids(self) -> list[int]:
+        """The tokens of that answer. Where a stop string began in those gone on with, they end with
+        the last one wholly before it, and the visible part of the next is tokenised again."""
+        if self.stop_string is None or self._num_owed == 0:
+            return self.resumed_token_ids + self.output_token_ids
+        kept = self.resumed_token_ids[: len(self.resumed_token_ids) - self._num_owed]
+        shown = shown_text(self.tokenizer.token_bytes, kept, self.prompt_token_ids)
+        rest = self.whole_text()[len(shown) :]
+        return kept + (self.tokenizer.encode(rest, special=False, continues=True) if rest else [])
 
     def counts(self) -> dict[str, Any]:
         """What the events at both ends tell, in plain values: tokens, and times."""
@@ -229,7 +238,7 @@ class Generation:
         """End it here. What was drawn so far stays; of half a character, nothing is shown."""
         if self.closing:
             return
-        self._held_text += self._detokenizer.finish(half=False).text
+        self._hold(self._detokenizer.finish(half=False).text)
         self._release_all()
         self.close(Done("abort"))
 
@@ -263,7 +272,7 @@ class Generation:
         """Take over the whole log of one that ended. It must have no stop strings: what they cut
         off is no part of its log. `half`: show U+FFFD for half a character at the end."""
         self.replay(token_ids, logprobs)
-        self._held_text += self._detokenizer.finish(half=half).text
+        self._hold(self._detokenizer.finish(half=half).text)
         self._release_all()
 
     def _note(self, output: TokenOutput) -> None:
@@ -288,14 +297,20 @@ class Generation:
         self.drawn_token_ids += output.token_ids
         self._drawn_logprobs += output.logprobs
         for token_id in output.token_ids[:num_shown]:
-            delta = self._detokenizer.feed(token_id)
-            self._held_text += delta.text
+            self._hold(self._detokenizer.feed(token_id).text)
             self._release()
             if self._detokenizer.stopped is not None:
                 self._spell_out()
                 self.close(Done("stop"))
                 return True
         return False
+
+    def _hold(self, text: str) -> None:
+        """Text that the detokenizer lets be shown, and no reader of an answer has seen."""
+        seen = min(self._num_shown_before, len(text))
+        self._num_shown_before -= seen
+        self._held_start += seen
+        self._held_text += text[seen:]
 
     def _release(self) -> None:
         """Move the drawn tokens that are wholly shown into the log, each with the text up to its
@@ -307,9 +322,8 @@ class Generation:
             text = self._held_text[:num_characters]
             self._held_text = self._held_text[num_characters:]
             self._held_start += num_characters
-            if self._num_owed:  # a token of the generation before this one
+            if self._num_owed:  # a token of the generation before this one, which showed its text
                 self._num_owed -= 1
-                self._owed_text += text
             else:
                 self._log(text)
 
@@ -325,8 +339,7 @@ class Generation:
         at = len(self.token_ids)
         self.token_ids.append(self.drawn_token_ids[at])
         self.logprobs += self._drawn_logprobs[at : at + 1]
-        self.pieces.append(self._owed_text + piece)
-        self._owed_text = ""
+        self.pieces.append(piece)
 
     def _spell_out(self) -> None:
         """Text is left that no whole token shows: the part of one before a stop string."""
@@ -337,12 +350,11 @@ class Generation:
             if "".join(pieces) != self._held_text:
                 pieces = [""] * (len(ids) - 1) + [self._held_text]
             self.token_ids += ids
-            self.pieces += [self._owed_text + pieces[0], *pieces[1:]]
-            self._held_text = self._owed_text = ""
+            self.pieces += pieces
+            self._held_text = ""
 
     def _flush(self, reason: Literal["stop", "length"]) -> None:
-        delta = self._detokenizer.finish()
-        self._held_text += delta.text
+        self._hold(self._detokenizer.finish().text)
         if self._detokenizer.stopped is not None:  # the last character completed a stop string
             self._release()
             self._spell_out()
@@ -362,7 +374,8 @@ class Generation:
     def delta(self, start: int) -> Delta | None:
         """The log from `start` tokens on; None where nothing is new."""
         end = len(self.token_ids)
-        if self.durable is not None and self.durable.waits and not self.ended:
+        stored = isinstance(self._end, Done)
+        if self.durable is not None and self.durable.waits and not stored:
             end = min(end, self.durable.num_stored)
         if start >= end:
             return None

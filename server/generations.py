@@ -14,7 +14,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -28,6 +28,7 @@ from server.errors import (
     InvalidRequest,
     QueueFull,
     RateLimited,
+    ServerDraining,
 )
 from server.events import Done, Failed
 from server.generation import Durable, Generation
@@ -36,23 +37,13 @@ from server.owners import Owner
 from server.text.answer_text import PLAIN, Markup
 from server.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from server.journal import Journal
+
 log = structlog.get_logger()
 
 MAX_CRASHES = 3
-CLEARED_AFTER_TOKENS = 8
-
-
-class Journal(Protocol):
-    """Where durable generations are kept."""
-
-    async def commit(self, generation: Generation, event: Done | Failed) -> Done | Failed:
-        """Store the end; returns what the readers are to see."""
-
-    async def engine_ready(self) -> None:
-        """There is an engine, and no request in it yet."""
-
-    async def count_crashes(self, generations: Sequence[Generation]) -> None:
-        """Store how many deaths of the engine these have seen."""
+CLEARED_AFTER_TOKENS = 2  # the step that an engine died in, and one more
 
 
 class Generations:
@@ -107,7 +98,7 @@ class Generations:
         """Submit `n` choices for each prompt (token ids), in order; all of them or none.
 
         Raises RateLimited, QueueFull, or why the engine takes no requests now."""
-        self.check_room(owner, n * len(prompts))
+        self._check_room(owner, n * len(prompts))
         generations = [
             self.make(
                 prompt,
@@ -150,16 +141,25 @@ class Generations:
             markup=markup,
         )
 
+    def admit(self, generation: Generation) -> None:
+        """Take a place for one that is submitted when it is stored. Raises as `start`."""
+        self._check_room(generation.owner, 1)
+        self._live[generation.id] = generation
+
+    def withdraw(self, generation: Generation) -> None:
+        """Give that place back: it could not be stored."""
+        self._live.pop(generation.id, None)
+
     def submit(self, generation: Generation) -> None:
         """Run it, now or as soon as there is an engine."""
+        if generation.closing:  # the server stops; it goes on with the next one
+            return
         generation.timings.submitted = time.monotonic()
         self._live[generation.id] = generation
         if not self._holding:
             self._send(generation)
 
-    def check_room(self, owner: Owner, num_more: int = 1) -> None:
-        """Whether so many more may start. Raises RateLimited, QueueFull, InvalidRequest, or why
-        the engine takes no requests now."""
+    def _check_room(self, owner: Owner, num_more: int) -> None:
         self._client.check_ready()
         self._check_limit(owner, num_more)
         if num_more > self._capacity:
@@ -212,20 +212,24 @@ class Generations:
             generation.cancel()
 
     def end_all(self, error: HeadwaterError) -> None:
-        """End every live generation with `error` (the server stops). The stored logs of durable
-        ones stay running, for the next start."""
+        """The server stops: plain generations end with `error`. The stored logs of durable ones
+        stay running, and those go on with the next start."""
+        later = ServerDraining(
+            "the server stops; this stream goes on when it is back", retry_after=5
+        )
         for generation in self.live:
             if not generation.closing:
                 self._client.abort([generation.request_id])
                 del self._live[generation.id]
-                generation.publish(Failed(error))
+                generation.publish(Failed(error if generation.durable is None else later))
 
     def _ended(self, generation: Generation, event: Done | Failed) -> None:
         # A stop string, or a person, may have ended it here and not in the engine.
         self._client.abort([generation.request_id], last_word=generation.durable is not None)
         self._sent_at.pop(generation.id, None)
-        seconds = time.monotonic() - generation.timings.submitted
-        self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds
+        if generation.timings.submitted:
+            seconds = time.monotonic() - generation.timings.submitted
+            self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds
         self._metrics.ended(generation.timings, generation.num_output_tokens)
         if generation.durable is None or self.journal is None:
             self._live.pop(generation.id, None)
@@ -286,11 +290,17 @@ class Generations:
                     )
                 )
         while suspect := self._next_suspect():
+            self._client.on_trial = True
             self._send(suspect)
             await self._further(suspect)
             if self._client.epoch != epoch:
                 return  # it died; the next engine's turn
+            self._client.on_trial = False
             suspect.crashes = 0
+            if self.journal is not None and suspect.durable is not None:
+                await self.journal.count_crashes([suspect])
+                if self._client.epoch != epoch:
+                    return
             if not suspect.closing:  # cleared; it goes on with the others
                 self._client.abort([suspect.request_id])
                 self._sent_at.pop(suspect.id, None)
@@ -320,7 +330,8 @@ class Generations:
             generation.unlisten(news)
 
     def _send(self, generation: Generation) -> None:
-        if generation.closing or not self._client.has_engine:
+        stored = generation.timings.submitted > 0
+        if generation.closing or not stored or not self._client.has_engine:
             return
         self._sent_at[generation.id] = generation.num_output_tokens
         self._num_sent += 1
@@ -341,4 +352,9 @@ class Generations:
         """Run `work` beside the rest; `settled` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task_failed", task=task.get_name(), exc_info=error)

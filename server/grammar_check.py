@@ -1,7 +1,8 @@
 """GrammarCheck: whether a client's grammar can be followed, found out before its stream begins.
 
 Compiling one can take minutes, gigabytes or a deep stack, so it is tried in a process of its own
-that can be killed (model/grammar.py). What came out is remembered for the grammars used last.
+that can be killed (model/grammar.py). What it said is remembered for the grammars used last; that
+it had to be killed is not: the machine may have been busy.
 """
 
 from __future__ import annotations
@@ -39,16 +40,19 @@ class GrammarCheck:
         problem = self._problems.get(key)
         if problem is None:
             async with self._room:
-                problem = await self._try(grammar)
-            self._problems[key] = problem
+                problem, said = await self._try(grammar)
+            if said:
+                self._problems[key] = problem
             if len(self._problems) > MAX_REMEMBERED:
                 self._problems.popitem(last=False)
-        self._problems.move_to_end(key)
+        else:
+            self._problems.move_to_end(key)
         if problem:
             kind = "schema" if grammar.kind == "json_schema" else "grammar"
             raise InvalidRequest(f"`{param}`: this {kind} is refused: {problem}", param=param)
 
-    async def _try(self, grammar: Grammar) -> str:
+    async def _try(self, grammar: Grammar) -> tuple[str, bool]:
+        """What is wrong with it (empty: nothing), and whether the trial itself said so."""
         trial = {"grammar": grammar, "special_tokens": self._special_tokens}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "model.grammar"),
@@ -61,11 +65,11 @@ class GrammarCheck:
                 process.communicate(msgspec.msgpack.encode(trial)), TRIAL_SECONDS
             )
         except TimeoutError:
-            return f"compiling it takes more than {TRIAL_SECONDS:g} s; make it simpler"
+            return f"compiling it takes more than {TRIAL_SECONDS:g} s; make it simpler", False
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
         if process.returncode != 0:
-            return "compiling it takes too much time, memory or depth; make it simpler"
-        return output.decode()
+            return "compiling it takes too much time, memory or depth; make it simpler", False
+        return output.decode(), True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from server.store.records import IdempotencyRecord
 from server.store.store import Store
 
 MAX_KEY_CHARACTERS = 255
-MAX_ENTRIES = 4096
+MAX_ENTRIES = 4096  # beyond these, plain requests (that no store remembers) are forgotten early
+LOOKED_AT = 64  # entries a request looks at, to drop those that are over
 
 Made = str | list[Generation]
 """What a request made: the id of something stored, or generations that are in memory only."""
@@ -76,7 +78,12 @@ class Idempotency:
         entry = self._entries[owner.name, key]
         once = Once(
             record=IdempotencyRecord(
-                owner=owner.name, key=key, body_hash=body_hash, target="", created_at=time.time()
+                owner=owner.name,
+                key=key,
+                body_hash=body_hash,
+                target="",
+                created_at=time.time(),
+                replaces_before=time.time() - self._retention,
             )
         )
         try:
@@ -97,7 +104,7 @@ class Idempotency:
                 stored = await self._stored(owner, key)
                 if stored is None:
                     return None
-                entry.body_hash = stored.body_hash
+                entry.body_hash, entry.created = stored.body_hash, stored.created_at
                 entry.made.set_result(stored.target)
             if entry.body_hash != body_hash:
                 raise IdempotencyConflict(
@@ -121,13 +128,10 @@ class Idempotency:
 
     def _forget_old(self) -> None:
         oldest = time.time() - self._retention
-        while self._entries:
-            slot, entry = next(iter(self._entries.items()))
-            if not entry.made.done():
-                return
-            if entry.created >= oldest and len(self._entries) < MAX_ENTRIES:
-                return
-            del self._entries[slot]
+        for slot, entry in list(itertools.islice(self._entries.items(), LOOKED_AT)):
+            full = len(self._entries) > MAX_ENTRIES
+            if entry.made.done() and (full or entry.created < oldest):
+                del self._entries[slot]
 
 
 def _cancelled(made: Made) -> bool:

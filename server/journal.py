@@ -61,6 +61,7 @@ class Journal:
         owners: Owners,
         *,
         fingerprint: str,
+        model: str,
         retention: float,
         response_retention: float,
     ) -> None:
@@ -69,9 +70,11 @@ class Journal:
         self._client = client
         self._owners = owners
         self._fingerprint = fingerprint  # of the tokenizer: what token ids mean
+        self.model = model  # what draws them
         self._retention = retention
         self._response_retention = response_retention
         self._unsaved: list[tuple[Generation, Done | Failed]] = []
+        self._flushing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._expired = 0.0
         generations.journal = self
@@ -82,23 +85,34 @@ class Journal:
     async def start(self) -> None:
         """Take up what was running when the server died, and begin to write."""
         for record, token_ids, blobs in await self._store.running():
-            if self._foreign(record):
+            if record.extra.get("model") != self.model:
                 log.warning("generation_of_another_model", generation=record.id)
                 continue
-            generation = self._make(record, record.extra["stop"])
-            turn = None
-            if record.session is not None and record.turn is not None:
-                turn = await self._store.turn(record.session, record.turn)
-            num_logged = len(token_ids)
-            generation.durable = Durable(record.kind, record.session, turn, num_logged, num_logged)
-            generation.crashes = record.crashes
-            generation.replay(token_ids, [p for blob in blobs for p in _logprobs.decode(blob)])
-            self._generations.submit(generation)
-            if record.kind == "response":  # whoever waited for it is gone
-                generation.cancel()
-                continue
-            log.info("generation_resumed", generation=record.id, tokens=len(token_ids))
+            await self._take_up(record, token_ids, blobs)
         self._task = asyncio.create_task(self._run(), name="journal")
+
+    async def _take_up(
+        self, record: GenerationRecord, token_ids: list[int], blobs: list[bytes]
+    ) -> Generation:
+        """Go on with one that is stored as running."""
+        generation = self._make(record, record.extra["stop"])
+        turn = await self._turn_of(record)
+        num_logged = len(token_ids)
+        generation.durable = Durable(record.kind, record.session, turn, num_logged, num_logged)
+        generation.crashes = record.crashes
+        generation.replay(token_ids, [p for blob in blobs for p in _logprobs.decode(blob)])
+        self._let_wait(generation)
+        self._generations.submit(generation)
+        if record.kind == "response":  # whoever waited for it is gone
+            generation.cancel()
+        else:
+            log.info("generation_resumed", generation=record.id, tokens=num_logged)
+        return generation
+
+    async def _turn_of(self, record: GenerationRecord) -> TurnRecord | None:
+        if record.session is None or record.turn is None:
+            return None
+        return await self._store.turn(record.session, record.turn)
 
     async def stop(self) -> None:
         """Write no more."""
@@ -111,12 +125,22 @@ class Journal:
         """Have the engine forget the blocks of what was deleted while it was down."""
         for generation in self._generations.live:
             self._let_wait(generation)
-        keys = await self._store.dropped_blocks()
+        try:
+            self.forget(await self._store.dropped_blocks())
+        except StoreError as error:  # with the next engine, then
+            log.error("store_failed", reason=str(error))
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Have the engine forget these blocks, some at a time: each is a file to remove."""
         for i in range(0, len(keys), FORGET_BATCH):
-            self._client.forget(keys[i : i + FORGET_BATCH])
+            self._client.forget(list(keys[i : i + FORGET_BATCH]))
 
     async def flush(self) -> None:
         """Store what the logs of the running generations have grown by."""
+        async with self._flushing:  # a group that fails must not be overtaken by the next
+            await self._flush()
+
+    async def _flush(self) -> None:
         grown: list[tuple[Generation, Durable, TokenChunk]] = []
         for generation in self._generations.live:
             durable, end = generation.durable, len(generation.token_ids)
@@ -159,7 +183,7 @@ class Journal:
     async def _expire_responses(self, before: float) -> None:
         for owner, session in await self._store.old_unlisted(before):
             if not self.owes(session):
-                self._client.forget(await self._store.delete_session(owner, session) or [])
+                self.forget(await self._store.delete_session(owner, session) or [])
 
     # ------------------------------------------------------------------------- for generations
 
@@ -173,7 +197,6 @@ class Journal:
         markup: Markup = PLAIN,
     ) -> Generation:
         """Store and run one that outlives its client and this process, without a session."""
-        self._generations.check_room(owner)
         generation = self._generations.make(
             prompt, params, owner=owner, stop=stop, durable=Durable("chat"), markup=markup
         )
@@ -201,6 +224,7 @@ class Journal:
             turn.notes |= {
                 "params": msgspec.to_builtins(generation.params),
                 "stop": list(generation.stop),
+                "model": self.model,
             }
             if turn.number:  # the store has it
                 reopened = turn
@@ -210,15 +234,20 @@ class Journal:
                 head = turn.session, turn.id
         if idempotency is not None:
             idempotency.target = generation.id
-        await self._store.begin(
-            turns,
-            self._record(generation),
-            head=head,
-            updated_at=time.time(),
-            idempotency=idempotency,
-            reopened=reopened,
-            session=new_session,
-        )
+        self._generations.admit(generation)
+        try:
+            await self._store.begin(
+                turns,
+                self._record(generation),
+                head=head,
+                updated_at=time.time(),
+                idempotency=idempotency,
+                reopened=reopened,
+                session=new_session,
+            )
+        except BaseException:
+            self._generations.withdraw(generation)
+            raise
         self._generations.submit(generation)
 
     def _record(self, generation: Generation) -> GenerationRecord:
@@ -238,6 +267,7 @@ class Journal:
             extra={
                 "stop": list(generation.stop),
                 "tokenizer": self._fingerprint,
+                "model": self.model,
                 "markup": msgspec.to_builtins(generation.markup),
             },
             created_at=generation.created_at,
@@ -268,14 +298,23 @@ class Journal:
         return any(g.durable and g.durable.session == session_id for g, _ in self._unsaved)
 
     async def load(self, owner: str, generation_id: str) -> Generation | None:
-        """One that has ended, as it was, with its log; None where there is none."""
+        """One that is not live: as it was, with its log, when it has ended. One that is stored as
+        running, since the answer to a commit was lost, is taken up. None where there is none, or
+        what is left of it cannot be read with this model."""
         for generation, _ in self._unsaved:
             if generation.id == generation_id and generation.owner.name == owner:
                 return generation
         record = await self._store.generation(owner, generation_id)
-        if record is None or record.usage is None or self._foreign(record):
+        if record is None or record.extra.get("tokenizer") != self._fingerprint:
+            return None
+        running = record.status == "running" and record.extra.get("model") == self.model
+        if record.usage is None and not running:
             return None
         token_ids, blobs = await self._store.generation_log(generation_id)
+        if running:
+            # Another reader may have taken it up meanwhile.
+            return self._generations[generation_id] or await self._take_up(record, token_ids, blobs)
+        assert record.usage is not None
         generation = self._make(record, stop=())
         num_shown = len(token_ids) - record.usage["num_end_tokens"]
         generation.restore(
@@ -284,10 +323,7 @@ class Journal:
             half=record.finish_reason != "abort",
         )
         generation.end_token_ids = token_ids[num_shown:]
-        turn = None
-        if record.session is not None and record.turn is not None:
-            turn = await self._store.turn(record.session, record.turn)
-        generation.durable = Durable(record.kind, record.session, turn)
+        generation.durable = Durable(record.kind, record.session, await self._turn_of(record))
         generation.stored_counts = record.usage
         if record.error is not None:
             generation.publish(Failed(ServerError(**record.error)))
@@ -300,10 +336,6 @@ class Journal:
         model = self._client.model
         if generation.durable is not None and model is not None:
             generation.durable.waits = not model.reproducible
-
-    def _foreign(self, record: GenerationRecord) -> bool:
-        """Whether its tokens are those of another model than the one that is served."""
-        return bool(record.extra.get("tokenizer") != self._fingerprint)
 
     def _make(self, record: GenerationRecord, stop: Sequence[str]) -> Generation:
         generation = self._generations.make(
@@ -347,10 +379,7 @@ class Journal:
                 chunks=[_chunk(generation, 0)],
             )
         except StoreConflict:  # it was deleted meanwhile, with its session
-            if durable.session is not None:
-                self._client.forget(
-                    await self._store.add_blocks(durable.session, generation.block_keys)
-                )
+            self.forget(await self._store.drop_blocks(generation.block_keys))
 
     def _forgotten(self, keys: list[bytes]) -> None:
         async def done() -> None:
@@ -382,7 +411,7 @@ def _write_turn(generation: Generation, event: Done | Failed, block_size: int) -
     """The turn as it is at the end: its tokens are all that were kept of this answer."""
     turn = generation.durable.turn if generation.durable is not None else None
     assert turn is not None
-    turn.token_ids = generation.resumed_token_ids + generation.output_token_ids
+    turn.token_ids = generation.whole_token_ids()
     turn.content = [{"type": "text", "text": generation.whole_text()}]
     whole = isinstance(event, Done) and event.finish_reason != "abort"
     turn.status = "complete" if whole else "interrupted"

@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 
-from server.answer_runs import AnswerRuns, Kind, Run
+from server.answer_runs import Kind, Run, runs_of
 from server.events import Done
 from server.generation import Generation
+from server.text.answer_text import AnswerReader
 from server.text.tool_calls import call_id
 
 Event = dict[str, Any]
@@ -26,7 +27,7 @@ class MessageEvents:
     def __init__(self, generation: Generation, model: str) -> None:
         self._generation = generation
         self._model = model
-        self._runs = AnswerRuns(generation.markup)
+        self._reader = AnswerReader(generation.markup)
         self._open: Kind | None = None
         self._text = ""
         self._num_calls = 0
@@ -43,11 +44,11 @@ class MessageEvents:
 
     def feed(self, text: str) -> list[Event]:
         """What more of the text makes."""
-        return self._show(self._runs.feed(text))
+        return self._show(runs_of(self._reader.feed(text)))
 
     def end(self, event: Done) -> list[Event]:
         """What is held back, and the end."""
-        events = [*self._show(self._runs.finish()), *self._close()]
+        events = [*self._show(runs_of(self._reader.finish())), *self._close()]
         reason, sequence = self._stop(event)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from model.engine.messages import TokenLogprob
@@ -21,6 +20,7 @@ from server.responses_wire import (
 )
 from server.store.records import GenerationRecord, TurnRecord
 from server.store.schema import text_of
+from server.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from server.services import Services
@@ -65,6 +65,11 @@ class ResponseView:
         return cls(services, None, stored.generation, stored.turn, stored.record)
 
     @property
+    def headers(self) -> dict[str, str]:
+        """Of every answer that tells of it."""
+        return {"x-headwater-generation": f"gen_{self._id}"}
+
+    @property
     def goes_on(self) -> bool:
         """Whether it was ended here because the server stops, and its stored log was not."""
         generation = self._generation
@@ -79,7 +84,8 @@ class ResponseView:
         generation = self._generation
         if generation is None:
             assert self._turn is not None
-            walk.feed(text_of(self._turn.content))
+            for piece in self._pieces(self._turn):
+                walk.feed(piece)
             return self._whole(walk, self._turn.finish_reason or "abort")
         for at in range(len(generation.token_ids)):
             self.fed(walk, at)
@@ -110,11 +116,12 @@ class ResponseView:
         assert generation is not None
         reason = _reason(generation)
         name, _ = ENDS[reason]
-        closing = [] if reason == "error" else walk.end(_item_status(reason))
-        last = walk.last(name, self._whole(walk, reason, closed=True))
         if self.goes_on:
+            last = walk.last(name, self.now())
             last["sequence_number"] -= 1
-        return [*closing, last]
+            return [last]
+        closing = walk.end(_item_status(reason))
+        return [*closing, walk.last(name, self._whole(walk, reason, closed=True))]
 
     # -------------------------------------------------------------------------------- details
 
@@ -130,10 +137,34 @@ class ResponseView:
         if reason == "error":
             response["error"] = self._error()
         else:
-            ended = self._turn.notes.get("ended_at") if self._turn is not None else None
-            response["completed_at"] = int(time.time()) if ended is None else ended
+            response["completed_at"] = self._completed_at()
             response["usage"] = usage_of(self._counts(), walk.num_reasoning_tokens)
         return response
+
+    def _completed_at(self) -> int:
+        turn, generation = self._turn, self._generation
+        if turn is not None and "ended_at" in turn.notes:
+            return int(turn.notes["ended_at"])
+        if generation is None:
+            assert turn is not None
+            return int(turn.created_at)
+        timings = generation.timings
+        return int(generation.created_at + max(timings.last_token - timings.submitted, 0.0))
+
+    def _pieces(self, turn: TurnRecord) -> list[str]:
+        """The text of the turn by its tokens, as the log had it that is gone, so that they count
+        the same; in one piece where the tokens are another model's."""
+        text = text_of(turn.content)
+        if not turn.tokenizer.startswith(f"{self._tokenizer.fingerprint[:32]}-"):
+            return [text]
+        token_ids = turn.token_ids
+        ends = {*self._tokenizer.eos_token_ids, *turn.notes["params"].get("stop_token_ids", ())}
+        if turn.finish_reason == "stop" and token_ids and token_ids[-1] in ends:
+            token_ids = token_ids[:-1]  # the token that ended it has no text
+        detokenizer = Detokenizer(self._tokenizer.token_bytes)
+        pieces = [detokenizer.feed(token_id).text for token_id in token_ids[:-1]]
+        shown = "".join(pieces)
+        return [*pieces, text[len(shown) :]] if text.startswith(shown) else [text]
 
     def _counts(self) -> dict[str, Any]:
         if self._generation is not None:
@@ -207,4 +238,4 @@ def _reason(generation: Generation) -> str:
 
 
 def _item_status(reason: str) -> ItemStatus:
-    return "completed" if reason in ("stop", "tool_calls") else "incomplete"
+    return "completed" if reason == "stop" else "incomplete"

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from server.answer_runs import AnswerRuns, Kind, Run
+from server.answer_runs import Kind, Run, runs_of
+from server.part_reader import ShownTokens
 from server.store.records import TurnRecord
 from server.store.schema import text_of
-from server.text.answer_text import Markup
+from server.text.answer_text import AnswerReader, Markup
 from server.text.tool_calls import call_id
 
 Event = dict[str, Any]
@@ -83,10 +84,14 @@ class ResponseEvents:
         self._head = head
         self._bits = bits
         self._generation_id = generation_id
-        self._runs = AnswerRuns(markup)
+        self._reader = AnswerReader(markup)
         self._number = -1
         self._events: list[Event] = []
-        self._logprobs: list[dict[str, Any]] = []  # of text that is held back
+        self._shown = ShownTokens()
+        self._held: list[Sequence[dict[str, Any]]] = []  # log-probabilities of what is not shown
+        self._held_begun = False  # some of the first one's text was said
+        self._said = not markup.tools and markup.thinking == "no"  # by the last token
+        self._logprobs: list[dict[str, Any]] = []  # of what is said, to be told with the text
         self._text = ""
         self._num_calls = 0
         self._open: Kind | None = None
@@ -105,9 +110,16 @@ class ResponseEvents:
         return self._taken()
 
     def feed(self, piece: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
-        """What the text of one token makes."""
-        self._logprobs += logprobs
-        self._show(self._runs.feed(piece))
+        """What the text of one token makes. Log-probabilities are told of the tokens whose text is
+        in messages, once all of it is."""
+        runs = runs_of(self._reader.feed(piece))
+        self._held.append(logprobs)
+        num_shown = self._shown.feed([piece], self._reader.num_held)
+        says = any(run.kind == "text" for run in runs)
+        # A token without text of its own is where the one before it is.
+        self._release(num_shown, says or (not piece and self._said))
+        self._held_begun |= says and self._shown.next_is_begun
+        self._show(runs)
         if self._open == "reasoning":
             self.num_reasoning_tokens += 1
         return self._taken()
@@ -115,7 +127,9 @@ class ResponseEvents:
     def end(self, status: ItemStatus) -> list[Event]:
         """What is held back, and the end of the last item. An answer without words has an empty
         message."""
-        self._show(self._runs.finish())
+        runs = runs_of(self._reader.finish())
+        self._release(len(self._held), any(run.kind == "text" for run in runs))
+        self._show(runs)
         if not self.output:
             self._open_message()
         self._close(status)
@@ -135,6 +149,15 @@ class ResponseEvents:
     def _taken(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def _release(self, num_shown: int, said: bool) -> None:
+        """Let the log-probabilities of the tokens that are shown now go with the text, if they
+        are of what is said."""
+        if num_shown:
+            for logprobs in self._held[: None if said else int(self._held_begun)][:num_shown]:
+                self._logprobs += logprobs
+            del self._held[:num_shown]
+            self._held_begun, self._said = False, said
 
     def _emit_item(self, type: str, **fields: Any) -> None:
         """An event of the open item."""
@@ -157,9 +180,9 @@ class ResponseEvents:
 
     def _more(self, kind: Kind, text: str) -> None:
         self._text += text
-        logprobs, self._logprobs = self._logprobs, []
         match kind:
             case "text":
+                logprobs, self._logprobs = self._logprobs, []
                 self.output[-1]["content"][0]["logprobs"] += logprobs
                 self._emit_item(
                     "response.output_text.delta", content_index=0, delta=text, logprobs=logprobs

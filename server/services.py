@@ -71,6 +71,7 @@ class Services:
             client,
             owners,
             fingerprint=tokenizer.fingerprint,
+            model=f"{files.fingerprint}-{settings.quantize}",
             retention=settings.stream_retention,
             response_retention=settings.response_retention,
         )
@@ -97,19 +98,15 @@ class Services:
 
     async def start(self) -> None:
         """Spawn the engine, and take up what the store says is running."""
-        self.supervisor.start()
         await self.journal.start()
+        self.supervisor.start()
 
     async def checkpoint(self) -> None:
         """End what runs: the durable ones go on with the next start."""
         with contextlib.suppress(StoreError):
             await self.journal.flush()
         self.generations.end_all(
-            ServerDraining(
-                "the server is shutting down; a durable stream goes on when it is back, other "
-                "requests must be sent again",
-                retry_after=5,
-            )
+            ServerDraining("the server is shutting down; send the request again", retry_after=5)
         )
         await self.generations.settled()
 

@@ -200,22 +200,24 @@ class Sessions:
                 raise InvalidRequest(
                     "the session's last answer came to its end; append a turn, or regenerate it"
                 )
-            if "params" not in turn.notes:
+            if not {"params", "model"} <= turn.notes.keys():
                 raise InvalidRequest(
                     "how the answer was drawn is not known; append a turn, or regenerate it"
                 )
-            if turn.tokenizer != self.fingerprint:
+            if (turn.tokenizer, turn.notes["model"]) != (self.fingerprint, self._journal.model):
                 raise InvalidRequest(
                     "the answer was begun with another model; append a turn, or regenerate it"
                 )
+            if turn.status == "running" and turn.generation is not None:
+                taken_up = await self._journal.load(owner.name, turn.generation)
+                raise _busy(session_id, taken_up)
             model = self._client.check_ready()
             prompt = _without_own(path)
             num_before = len(prompt) + len(turn.token_ids)
             room = room_for_answer(model, num_before, max_tokens, param="max_tokens")
             params = msgspec.convert(turn.notes["params"], SamplingParams, str_keys=True)
             params = msgspec.structs.replace(params, max_tokens=len(turn.token_ids) + room)
-            turn.status = "running"
-            self._generations.check_room(owner)
+            turn.status, turn.finish_reason = "running", None
             generation = self._generations.make(
                 prompt,
                 params,
@@ -259,14 +261,13 @@ class Sessions:
     async def delete(self, owner: Owner, session_id: str) -> None:
         """The session, its logs, and its KV in every tier that no other session uses."""
         session = await self.get(owner, session_id)
-        running = self.generating(session.id)
         keys = await computed_blocks(self._client, await self._store.turns(session.id), owner.salt)
         dropped = await self._store.delete_session(owner.name, session.id, keys)
         if dropped is None:
             raise NotFound(f"there is no session {session_id[:64]!r}")
-        if running is not None:
+        if (running := self.generating(session.id)) is not None:
             self._generations.cancel(running)
-        self._client.forget(dropped)
+        self._journal.forget(dropped)
 
     async def fork(
         self,
@@ -280,6 +281,7 @@ class Sessions:
         """A new session with the path to `at` (the head). With `token`, that answer is cut after so
         many tokens, and `replace` is the next one."""
         session = await self.get(owner, session_id)
+        model = self._client.check_ready()
         path = await self.path(session, at or session.head)
         if path and path[-1].status == "running":
             raise _busy(session.id, self.generating(session.id))
@@ -292,7 +294,6 @@ class Sessions:
                     "the answer was made with another model; its tokens cannot be cut",
                     param="token",
                 )
-            model = self._client.check_ready()
             cut(turns[-1], token, replace, self._tokenizer, model.vocab_size)
         elif replace is not None:
             raise InvalidRequest("`replace` needs `token`, its place", param="replace")
@@ -309,7 +310,13 @@ class Sessions:
             turn.session = fork.id
         if idempotency is not None:
             idempotency.target = fork.id
-        await self._store.copy_path(turns, fork, session.id, idempotency)
+        await self._store.copy_path(
+            turns,
+            fork,
+            [(turn.id, copy.id) for turn, copy in zip(path, turns, strict=True)],
+            len(path_token_ids(turns)) // model.block_size,
+            idempotency,
+        )
         return fork
 
     async def cache(self, owner: Owner, session_id: str) -> dict[str, Any]:
@@ -438,7 +445,6 @@ class Sessions:
         params = self._params(model, session, wish, len(prompt))
         turns = new_turns(session.id, path, messages, extension, self.fingerprint)
         turn = new_answer(session.id, path, turns, extension, self.fingerprint)
-        self._generations.check_room(owner)
         generation = self._generations.make(
             prompt,
             params,

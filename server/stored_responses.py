@@ -10,7 +10,7 @@ A response has the bits of its generation's id, so that either tells the other.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class Order:
 
     messages: Sequence[dict[str, Any]]
     wish: Wish
-    applied: Callable[[list[int], SamplingParams], Awaitable[tuple[SamplingParams, Markup]]]
+    applied: Callable[[list[int], SamplingParams], tuple[SamplingParams, Markup]]
     echo: dict[str, Any]
     instructions: str | None = None
     overflow: Overflow = "error"
@@ -152,9 +152,7 @@ class Responses:
         if self._journal.owes(stored.turn.session):
             raise Conflict("the response could not be stored yet; try again in a moment")
         assert stored.turn.generation is not None
-        emptied = await self._store.delete_response(owner.name, stored.turn.generation)
-        if emptied is not None:
-            self._client.forget(await self._store.delete_session(owner.name, emptied) or [])
+        self._journal.forget(await self._store.delete_response(owner.name, stored.turn.generation))
 
     # -------------------------------------------------------------------------------- details
 
@@ -199,7 +197,6 @@ class Responses:
         if not path and not order.messages:
             raise InvalidRequest("`input` is missing, and nothing comes before", param="input")
         model = self._client.check_ready()
-        self._generations.check_room(owner)
         fingerprint = self._fingerprint(session, order)
         setting = replace(session, overflow=order.overflow)
         if order.instructions is not None:
@@ -220,7 +217,7 @@ class Responses:
             if order.overflow == "error":
                 error.message += '; or send `truncation`: "auto"'
             raise
-        params, markup = await order.applied(prompt, order.wish.params(room))
+        params, markup = order.applied(prompt, order.wish.params(room))
         if not order.store:
             (generation,) = self._generations.start(
                 [prompt], params, owner=owner, stop=order.wish.stop, markup=markup

@@ -4,8 +4,8 @@
 
 An engine is dead when its process exits or its channel closes. It hangs when no heartbeat comes,
 or no step ends while there is work, for `engine_timeout` seconds: then its stacks are logged and it
-is killed. Restarts back off; too many deaths of engines that made no token, in a short time, end
-the server with exit code 1.
+is killed. Restarts back off. Too many deaths in a short time end the server with exit code 1; those
+that a generation is the cause of, or may be, do not count: `Generations` finds it and ends it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Supervisor:
             was_ready = await self._one_engine(epoch)
             if self._stopping:
                 return
-            if self._client.made_tokens:
+            if self._client.made_tokens or self._client.on_trial:
                 deaths.clear()  # it works; what it died of is told by the generations
             deaths.append(time.monotonic())
             self._metrics.restarts.inc()

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from model.engine.request import SamplingParams
+from model.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
+from server.api.chat import ChatMessage
 from server.api.sampling import MAX_SEED, Stops
 from server.api.session_fields import Defaults, Metadata, Text, Title
 from server.errors import InvalidRequest
@@ -18,6 +19,8 @@ from server.text.tokenizer import Tokenizer
 
 FORMAT, VERSION = "headwater.session", 1
 MAX_TURNS = 10_000
+MAX_GRAMMARS = 16  # different ones in a transcript; each is tried before it is taken
+MAX_BESIDE_BYTES = 1 << 20
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 32)]]
 Time = Annotated[float, Field(ge=0, lt=1e11)]
@@ -38,9 +41,12 @@ def _drawn_with(value: object) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
     fields = msgspec.structs.asdict(params)
-    for name in ("prompt_logprobs", "prompt_index", "choice_index", "grammar"):
+    for name in ("prompt_logprobs", "prompt_index", "choice_index"):
         if fields.pop(name):
             raise ValueError(f"`{name}` is nothing that an answer of a session has")
+    grammar: Grammar | None = fields.pop("grammar")
+    if grammar is not None and len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:
+        raise ValueError(f"`grammar` must have at most {MAX_GRAMMAR_BYTES} bytes")
     seed = params.seed if params.seed <= MAX_SEED else params.seed - 2**64
     try:
         Defaults.model_validate(fields | {"seed": seed})
@@ -50,6 +56,21 @@ def _drawn_with(value: object) -> dict[str, Any]:
     return msgspec.to_builtins(params)  # type: ignore[no-any-return]
 
 
+def _said_beside(value: object) -> dict[str, Any]:
+    """What a message has beside role and text (tool calls, a name), as a request has it. Raises
+    ValueError."""
+    if not isinstance(value, dict) or value.keys() & {"role", "content"}:
+        raise ValueError("it must be an object without `role` and `content`")
+    try:
+        ChatMessage.model_validate({"role": "assistant", "content": "", **value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"`{first['loc'][0]}`: {first['msg']}") from None
+    if len(msgspec.json.encode(value)) > MAX_BESIDE_BYTES:
+        raise ValueError(f"it must have at most {MAX_BESIDE_BYTES} bytes")
+    return value
+
+
 class Notes(BaseModel):
     """What going on with a turn needs; what its other notes report says nothing elsewhere."""
 
@@ -57,7 +78,9 @@ class Notes(BaseModel):
 
     params: Annotated[dict[str, Any], BeforeValidator(_drawn_with)] | None = None
     stop: Stops = []
+    model: str | None = Field(default=None, max_length=256)
     dropped: int = Field(default=0, ge=0, le=MAX_TURNS)
+    message: Annotated[dict[str, Any], BeforeValidator(_said_beside)] | None = None
 
 
 class TranscriptTurn(BaseModel):
@@ -112,6 +135,20 @@ def exported(record: SessionRecord, turns: list[TurnRecord]) -> dict[str, Any]:
             for turn in turns
         ],
     }
+
+
+def grammars(transcript: Transcript) -> list[Grammar]:
+    """The different grammars that its answers were drawn with. Raises InvalidRequest for too
+    many."""
+    drawn_with = [turn.notes.params or {} for turn in transcript.turns]
+    found = {msgspec.convert(p["grammar"], Grammar) for p in drawn_with if p.get("grammar")}
+    if len(found) > MAX_GRAMMARS:
+        raise InvalidRequest(
+            f"`turns`: the answers have {len(found)} different grammars; at most {MAX_GRAMMARS} "
+            "are taken",
+            param="turns",
+        )
+    return list(found)
 
 
 def imported(

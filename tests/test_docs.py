@@ -26,8 +26,8 @@ from server.api.conversations import NewConversation
 from server.api.message_fields import MessagesRequest
 from server.api.response_fields import ResponseRequest
 from server.api.sampling import SamplingFields
+from server.api.session_bodies import Fork, NewSession, NewTurn
 from server.api.session_fields import Defaults
-from server.api.sessions import Fork, NewSession, NewTurn
 from server.api.tokens import DetokenizeRequest, TokenizeRequest
 from server.cli import app
 from server.settings import Settings

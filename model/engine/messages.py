@@ -154,8 +154,8 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     """What one request got from one step.
 
     `num_reused_tokens` comes with the request's first output of tokens or of `prefill`: how many of
-    the given tokens, those drawn earlier among them, were found in a cache, and `num_disk_tokens` of
-    these in the disk tier; beside them `num_corrupt_blocks`, whose files were there and not what
+    the given tokens, those drawn earlier among them, were found in a cache, and `num_disk_tokens`
+    of these in the disk tier; beside them `num_corrupt_blocks`, whose files were there and not what
     they should be. `prefill` is (done, total) while the prompt is being computed. `queue_position`
     is how many requests are before one that waits, when that has changed (-1: it is not told).
     `prompt_logprobs` has one entry for each prompt token after the first. `block_keys` comes with

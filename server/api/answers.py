@@ -1,11 +1,10 @@
-"""What the OpenAI routes share: waiting for generations, usage, ids, the end of streams."""
+"""What the OpenAI routes share: waiting for generations, usage, the end of streams."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import re
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
@@ -25,11 +24,6 @@ from server.sse import EventStream
 
 GENERATION_ID = re.compile(r"gen_[0-9a-f]{32}")
 LOWEST_LOGPROB = -9999.0  # how minus infinity is sent: JSON has none
-
-
-def new_id(prefix: str) -> str:
-    """`prefix` and 128 random bits."""
-    return prefix + secrets.token_hex(16)
 
 
 def finite(logprob: float) -> float:

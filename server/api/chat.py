@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
 from server.api.answers import find_generation, respond
@@ -54,6 +54,15 @@ class ChatMessage(BaseModel):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = Field(default=None, max_length=256)
     reasoning_content: str | None = None
+
+    @classmethod
+    def of(cls, param: str, **fields: Any) -> ChatMessage:
+        """What another wire says in other words. Raises InvalidRequest, naming `param`."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise InvalidRequest(f"`{param}`: {message}", param=param) from None
 
     def rendered(self, index: int, param: str = "messages") -> dict[str, Any]:
         """The message as a chat template gets it: plain text, `developer` as `system`."""
@@ -169,8 +178,7 @@ async def create_chat_completion(
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=top_logprobs)
     params, markup = tools.applied(services.template, services.tokenizer, prompt, params)
-    asking = [] if tools.enforced else body.grammars()
-    await services.grammars.check(params.grammar, param=next(iter(asking), "tools"))
+    await services.grammars.check(params.grammar, param=tools.asking(body.grammars()))
     n = body.n or 1
     async with services.idempotency.once(request, owner) as once:
         generations: list[Generation]

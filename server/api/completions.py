@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from model.engine.messages import ModelInfo, TokenLogprob
-from server.api.answers import finite, new_id, respond, usage, wire_reason
+from server.api.answers import finite, respond, usage, wire_reason
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.events import Delta, Done, Event, Failed
@@ -139,10 +138,11 @@ class _Answer:
         self._top_logprobs = body.logprobs
         self._drop_output = drop_output
         self._offsets = [0] * len(generations)  # characters of each choice so far
-        self._head: dict[str, Any] = {
-            "id": new_id("cmpl-"),
+        first = generations[0]
+        self._head: dict[str, Any] = {  # the same whoever reads it, and whenever
+            "id": "cmpl-" + first.id.removeprefix("gen_"),
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": int(first.created_at),
             "model": services.files.name,
         }
 

@@ -13,7 +13,7 @@ from server.api.chat import MAX_MESSAGES, ChatMessage
 from server.api.sampling import SamplingFields, Stops
 from server.api.session_fields import Text
 from server.api.structured import schema_grammar
-from server.api.tool_fields import MAX_TOOLS, FunctionName, ToolFields, ToolUse
+from server.api.tool_fields import MAX_TOOLS, Choice, FunctionName, ToolUse
 from server.errors import InvalidRequest, UnsupportedParameter
 
 _REFUSED = {
@@ -22,6 +22,12 @@ _REFUSED = {
     "context_management": "nothing is compacted here",
     "stop": "it is named `stop_sequences` here",
     "response_format": "it is `output_config.format` here",
+}
+_CHOICES: dict[str, Choice] = {
+    "auto": "auto",
+    "any": "required",
+    "tool": "function",
+    "none": "none",
 }
 _IGNORED_BLOCKS = ("thinking", "redacted_thinking")
 
@@ -72,7 +78,7 @@ class Message(BaseModel):
                 texts.append(_text(block, where))
         if texts or calls or not self.content:
             said_all = {"role": self.role, "content": "".join(texts), "tool_calls": calls or None}
-            yield ChatMessage.model_validate(said_all)
+            yield ChatMessage.of(f"{param}.content", **said_all)
 
 
 class MessageTool(BaseModel):
@@ -136,36 +142,25 @@ class CountTokensRequest(SamplingFields):
 
     def tool_use(self) -> ToolUse:
         """Raises InvalidRequest."""
-        choice: Any = None
-        parallel = None
-        if self.tool_choice is not None:
-            parallel = not self.tool_choice.disable_parallel_tool_use
-            choice = {"any": "required", "tool": None}.get(
-                self.tool_choice.type, self.tool_choice.type
-            )
-            if choice is None:
-                choice = {"type": "function", "function": {"name": self.tool_choice.name}}
-        functions = [
-            {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-            for tool in self.tools or []
-        ]
-        fields = ToolFields.model_validate(
-            {
-                "tools": [{"type": "function", "function": function} for function in functions],
-                "tool_choice": choice,
-                "parallel_tool_calls": parallel,
-            }
+        choice = self.tool_choice or ToolChoice(type="auto")
+        if choice.type == "tool" and choice.name is None:
+            raise InvalidRequest("`tool_choice.name` is missing", param="tool_choice.name")
+        functions = []
+        for tool in self.tools or []:
+            function = {"name": tool.name, "parameters": tool.input_schema}
+            if tool.description is not None:
+                function["description"] = tool.description
+            functions.append(function)
+        return ToolUse.of(
+            functions,
+            _CHOICES[choice.type],
+            choice.name if choice.type == "tool" else None,
+            parallel=not choice.disable_parallel_tool_use,
+            schema="input_schema",
         )
-        try:
-            return fields.tool_use()
-        except InvalidRequest as error:
-            error.message = error.message.replace(".function.parameters", ".input_schema").replace(
-                ".function.", "."
-            )
-            raise
 
-    def grammars(self) -> dict[str, Grammar]:
-        given = super().grammars()
+    def _make_grammars(self) -> dict[str, Grammar]:
+        given = super()._make_grammars()
         format = self.output_config.format if self.output_config is not None else None
         if format is None:
             return given

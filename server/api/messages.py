@@ -10,7 +10,6 @@ from starlette.responses import Response
 from server.api.answers import wait_for_all
 from server.api.chat import prompt_token_ids
 from server.api.message_fields import CountTokensRequest, MessagesRequest
-from server.errors import ServerError
 from server.events import Delta, Done, Failed, Paused
 from server.generation import Generation
 from server.messages_wire import MessageEvents
@@ -37,14 +36,13 @@ async def create_message(
     max_tokens = room_for_answer(model, len(prompt), body.max_tokens, param="messages")
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=None)
     params, markup = use.applied(services.template, services.tokenizer, prompt, params)
-    await services.grammars.check(params.grammar, param=next(iter(body.grammars()), "tools"))
+    await services.grammars.check(params.grammar, param=use.asking(body.grammars()))
     async with services.idempotency.once(request, owner) as once:
         if once.made is None:
             once.made = services.generations.start(
                 [prompt], params, owner=owner, stop=body.stop_sequences or [], markup=markup
             )
-        if isinstance(once.made, str):
-            raise ServerError("the request was made with another route")
+        assert isinstance(once.made, list)  # nothing here is stored
         (generation,) = once.made
     events = MessageEvents(generation, services.files.name)
     headers = {"x-headwater-generation": generation.id}

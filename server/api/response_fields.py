@@ -12,7 +12,7 @@ from server.api.chat import MAX_MESSAGES, ChatMessage, ContentPart
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.api.session_fields import MAX_TEXT_CHARACTERS, Metadata, Text
 from server.api.structured import schema_grammar
-from server.api.tool_fields import MAX_TOOLS, FunctionName
+from server.api.tool_fields import MAX_TOOLS, FunctionName, ToolUse, chosen
 from server.errors import InvalidRequest, UnsupportedParameter
 
 LOGPROBS = "message.output_text.logprobs"
@@ -26,6 +26,7 @@ _REFUSED = {
     "response_format": "it is `text.format` here",
     "messages": "they are named `input` here",
 }
+_FUNCTION = {"name", "description", "parameters"}
 
 ResponseId = Annotated[str, Field(pattern=r"^resp_[0-9a-f]{32}$")]
 ConversationId = Annotated[str, Field(pattern=r"^conv_[0-9a-f]{32}$")]
@@ -56,7 +57,7 @@ class InputItem(BaseModel):
                 self._need(param, "call_id", "name", "arguments")
                 function = {"name": self.name, "arguments": self.arguments}
                 call = {"id": self.call_id, "type": "function", "function": function}
-                message = ChatMessage.model_validate({"role": "assistant", "tool_calls": [call]})
+                message = ChatMessage.of(f"{param}.name", role="assistant", tool_calls=[call])
             case "function_call_output":
                 self._need(param, "call_id", "output")
                 message = ChatMessage(role="tool", content=self.output, tool_call_id=self.call_id)
@@ -190,8 +191,16 @@ class ResponseRequest(SamplingFields):
                 f"`top_logprobs` needs `include: [{LOGPROBS!r}]`", param="top_logprobs"
             )
 
-    def grammars(self) -> dict[str, Grammar]:
-        given = super().grammars()
+    def tool_use(self) -> ToolUse:
+        """Raises InvalidRequest and UnsupportedParameter, naming the field."""
+        return ToolUse.of(
+            [tool.model_dump(include=_FUNCTION, exclude_none=True) for tool in self.tools or []],
+            *chosen(self.tool_choice, flat=True),
+            parallel=self.parallel_tool_calls,
+        )
+
+    def _make_grammars(self) -> dict[str, Grammar]:
+        given = super()._make_grammars()
         format = self.text.format if self.text is not None else None
         grammar = None if format is None else format.grammar()
         return given if grammar is None else {"text.format": grammar, **given}

@@ -8,7 +8,6 @@ import msgspec
 
 from model.engine.request import SamplingParams
 from server.api.response_fields import ResponseRequest, TextFormat
-from server.api.tool_fields import ToolFields, ToolUse
 from server.errors import InvalidRequest
 from server.services import Services
 from server.sessions import Wish
@@ -17,30 +16,26 @@ from server.text.answer_text import Markup
 from server.text.tool_template import ToolTemplate
 
 
-def order_of(services: Services, body: ResponseRequest) -> Order:
-    """What the body asks for. Raises InvalidRequest and UnsupportedParameter."""
-    use = _tool_use(body)
+async def order_of(services: Services, body: ResponseRequest) -> Order:
+    """What the body asks for. Raises InvalidRequest and UnsupportedParameter, also for a grammar
+    that cannot be followed."""
+    use = body.tool_use()
     try:
         tools = msgspec.json.encode(use.tools).decode() if use.tools else ""
     except UnicodeEncodeError:
         raise InvalidRequest("`tools` have half of a surrogate pair", param="tools") from None
-    for token in services.tokenizer.special_tokens:
-        if token in tools:
-            raise InvalidRequest(
-                f"`tools` spell {token!r}, which is a control token of this model", param="tools"
-            )
     top_logprobs = body.wanted_logprobs
     conversation = body.conversation_id
+    drawn = body.unlimited_params(services, top_logprobs=top_logprobs)
+    grammar = use.checkable(services.template, drawn.grammar)
+    await services.grammars.check(grammar, param=use.asking(body.grammars()))
 
     def params(max_tokens: int) -> SamplingParams:
-        return body.sampling_params(services, max_tokens=max_tokens, top_logprobs=top_logprobs)
+        return body.limited(drawn, max_tokens)
 
-    async def applied(prompt: list[int], drawn: SamplingParams) -> tuple[SamplingParams, Markup]:
-        drawn, markup = use.applied(services.template, services.tokenizer, prompt, drawn)
-        await services.grammars.check(drawn.grammar, param=next(iter(body.grammars()), "tools"))
-        return drawn, markup
+    def applied(prompt: list[int], params: SamplingParams) -> tuple[SamplingParams, Markup]:
+        return use.applied(services.template, services.tokenizer, prompt, params)
 
-    drawn = params(max(body.min_tokens or 1, 1))
     format = (body.text.format if body.text is not None else None) or TextFormat()
     if format.type != "json_schema":
         format = TextFormat(type=format.type)
@@ -81,27 +76,3 @@ def _echoed(choice: str | dict[str, Any] | None) -> str | dict[str, Any]:
     if isinstance(choice, dict):
         return {"type": choice["type"], "name": choice["name"]}
     return choice or "auto"
-
-
-def _tool_use(body: ResponseRequest) -> ToolUse:
-    """The tools, which this wire writes flatter than chat does."""
-    choice: Any = body.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        choice = {"type": "function", "function": {"name": choice.get("name")}}
-    flat = [
-        {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-        for tool in body.tools or []
-    ]
-    fields = ToolFields.model_validate(
-        {
-            "tools": [{"type": "function", "function": tool} for tool in flat],
-            "tool_choice": choice,
-            "parallel_tool_calls": body.parallel_tool_calls,
-        }
-    )
-    try:
-        return fields.tool_use()
-    except InvalidRequest as error:
-        error.message = error.message.replace(".function.", ".")
-        error.param = (error.param or "").replace(".function.", ".")
-        raise

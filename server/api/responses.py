@@ -12,7 +12,7 @@ from server.api.answers import wait_for_all
 from server.api.response_fields import ResponseRequest
 from server.api.response_order import order_of
 from server.errors import NotFound, StreamExpired
-from server.events import Delta, Failed, Paused
+from server.events import Delta, Done, Failed, Paused
 from server.generation import Generation
 from server.reader import read
 from server.response_view import ResponseView
@@ -34,12 +34,13 @@ async def create_response(
 ) -> Response:
     """An answer, whole or as a stream of server-sent events, or in the background."""
     body.check()
-    order = order_of(services, body)
+    order = await order_of(services, body)
     async with services.idempotency.once(request, owner) as once:
         if isinstance(once.made, str):
             stored = await services.responses.find(owner, once.made.replace("gen_", "resp_", 1))
             if stored.generation is None:
-                return json_response(ResponseView.of(services, stored).now())
+                view = ResponseView.of(services, stored)
+                return json_response(view.now(), headers=view.headers)
             generation = stored.generation
         elif once.made is not None:
             generation = once.made[0]
@@ -48,12 +49,11 @@ async def create_response(
             once.made = generation.id if order.store else [generation]
     turn = generation.durable.turn if generation.durable is not None else None
     view = ResponseView(services, order.echo if turn is None else None, generation, turn)
-    headers = {"x-headwater-generation": generation.id}
     if body.stream:
         return _stream(services, view, generation, -1)
     if not order.background and not await wait_for_all(request, [generation], services.generations):
         return Response(status_code=499)
-    return json_response(view.now(), headers=headers)
+    return json_response(view.now(), headers=view.headers)
 
 
 @router.get("/v1/responses/{id}", operation_id="read_response")
@@ -68,7 +68,7 @@ async def read_response(
     stored = await services.responses.find(owner, id)
     view = ResponseView.of(services, stored)
     if not stream:
-        return json_response(view.now())
+        return json_response(view.now(), headers=view.headers)
     if stored.generation is None:
         raise StreamExpired(
             f"the events of {id} can no longer be read, it ended too long ago or was made with "
@@ -83,7 +83,8 @@ async def cancel_response(id: str, services: Shared, owner: Caller) -> Response:
     """Stop it, if it still runs; what it said is kept."""
     stored = await services.responses.find(owner, id)
     await services.responses.cancel(stored)
-    return json_response(ResponseView.of(services, stored).now())
+    view = ResponseView.of(services, stored)
+    return json_response(view.now(), headers=view.headers)
 
 
 @router.delete("/v1/responses/{id}", operation_id="delete_response")
@@ -135,7 +136,7 @@ def _stream(services: Services, view: ResponseView, generation: Generation, afte
         _frames(services, view, generation, after),
         on_close=lambda: services.generations.leave([generation]),
         send_timeout=services.settings.send_timeout,
-        headers={"x-headwater-generation": generation.id},
+        headers=view.headers,
     )
 
 
@@ -160,14 +161,13 @@ async def _frames(
                     sent += [frames(view.fed(walk, at)) for at in new]
                 case Paused():
                     sent.append(comment_frame("the engine is being restarted"))
-                case _:
+                case Done() | Failed():
                     if isinstance(event, Failed):
                         services.metrics.errors.labels(event.error.code).inc()
-                    if generation.outcome is not None:
-                        last = view.ended(walk)
-                        if view.goes_on:  # what comes now is said to whoever is there
-                            sent.append(event_frame(last[-1]["type"], last[-1]))
-                        else:
-                            sent.append(frames(last))
+                    last = view.ended(walk)
+                    if view.goes_on:  # what comes now is said to whoever is there
+                        sent.append(event_frame(last[-1]["type"], last[-1]))
+                    else:
+                        sent.append(frames(last))
         if any(sent):
             yield b"".join(sent)

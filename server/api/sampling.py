@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any
 
+import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from model.engine.request import Grammar, SamplingParams
@@ -66,9 +67,15 @@ class SamplingFields(BaseModel):
     grammar: GrammarText | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    _grammars: dict[str, Grammar] | None = None
 
     def grammars(self) -> dict[str, Grammar]:
         """The grammars that the answer must follow, by the field that asks for each."""
+        if self._grammars is None:
+            self._grammars = self._make_grammars()
+        return self._grammars
+
+    def _make_grammars(self) -> dict[str, Grammar]:
         given = {}
         if self.regex is not None:
             given["regex"] = Grammar("regex", self.regex)
@@ -79,10 +86,25 @@ class SamplingFields(BaseModel):
     def sampling_params(
         self, services: Services, *, max_tokens: int, top_logprobs: int | None
     ) -> SamplingParams:
-        """The engine's parameters: what the request says, else the model's own defaults.
+        """The engine's parameters: what the request says, else the model's own defaults. Raises
+        InvalidRequest as `unlimited_params` and `limited` do."""
+        return self.limited(self.unlimited_params(services, top_logprobs=top_logprobs), max_tokens)
 
-        Raises InvalidRequest for token ids beyond the vocabulary, min_tokens > max_tokens and
-        more than one grammar."""
+    def limited(self, params: SamplingParams, max_tokens: int) -> SamplingParams:
+        """Those of an answer that may have so many tokens. Raises InvalidRequest for min_tokens
+        over that."""
+        if params.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"`min_tokens` ({params.min_tokens}) is more than the {max_tokens} tokens that the "
+                "answer may have",
+                param="min_tokens",
+            )
+        return msgspec.structs.replace(params, max_tokens=max_tokens)
+
+    def unlimited_params(self, services: Services, *, top_logprobs: int | None) -> SamplingParams:
+        """The parameters, with a seed drawn where none is given, but for the length of the answer.
+
+        Raises InvalidRequest for token ids beyond the vocabulary and more than one grammar."""
         defaults = services.sampling_defaults
         vocab_size = services.files.config.vocab_size
         for param, ids in (
@@ -94,14 +116,6 @@ class SamplingFields(BaseModel):
                     f"`{param}` names token {max(ids)}; this model's ids go to {vocab_size - 1}",
                     param=param,
                 )
-        min_tokens = self.min_tokens or 0
-        if min_tokens > max_tokens:
-            raise InvalidRequest(
-                f"`min_tokens` ({min_tokens}) is more than the {max_tokens} tokens that the answer "
-                "may have",
-                param="min_tokens",
-            )
-
         grammars = self.grammars()
         if len(grammars) > 1:
             first, second, *_ = grammars
@@ -122,8 +136,7 @@ class SamplingFields(BaseModel):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=self.logit_bias or {},
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             top_logprobs=top_logprobs,
@@ -148,7 +161,7 @@ class FormattedFields(SamplingFields):
 
     response_format: ResponseFormat | None = None
 
-    def grammars(self) -> dict[str, Grammar]:
-        given = super().grammars()
+    def _make_grammars(self) -> dict[str, Grammar]:
+        given = super()._make_grammars()
         grammar = None if self.response_format is None else self.response_format.grammar()
         return given if grammar is None else {"response_format": grammar, **given}

@@ -16,7 +16,7 @@ from server.owners import Owner
 from server.responses import json_response
 from server.services import Caller, Services, Shared
 from server.store.records import IdempotencyRecord, SessionRecord
-from server.transcript import Transcript, exported, imported, markdown
+from server.transcript import Transcript, exported, grammars, imported, markdown
 
 router = APIRouter()
 
@@ -78,6 +78,8 @@ async def import_session(
     """A session from what `export` gave: new ids, the same turns and tokens."""
 
     async def make(idempotency: IdempotencyRecord | None) -> SessionRecord:
+        for grammar in grammars(body):
+            await services.grammars.check(grammar, param="turns")
         record, turns = imported(
             body,
             owner.name,
@@ -85,7 +87,7 @@ async def import_session(
             services.sessions.fingerprint,
             services.files.config.vocab_size,
         )
-        await services.store.copy_path(turns, record, None, idempotency)
+        await services.store.copy_path(turns, record, [], 0, idempotency)
         return record
 
     return await _created(services, request, owner, make)

@@ -58,11 +58,7 @@ class ResponseFormat(BaseModel):
 def schema_grammar(schema: dict[str, Any], param: str) -> Grammar:
     """The grammar of a JSON schema. Raises InvalidRequest, naming `param`, for one that is too
     large or too deep."""
-    if _is_deeper(schema, MAX_SCHEMA_DEPTH):
-        raise InvalidRequest(
-            f"`{param}` is more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter, or use $ref",
-            param=param,
-        )
+    check_depth(schema, param)
     try:
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         num_bytes = len(text.encode())
@@ -79,15 +75,19 @@ def schema_grammar(schema: dict[str, Any], param: str) -> Grammar:
     return Grammar("json_schema", text)
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether arrays and objects are nested more than that deep."""
-    layer = [value]
-    for _ in range(levels):
+def check_depth(schema: dict[str, Any], param: str) -> None:
+    """Raises InvalidRequest, naming `param`, for arrays and objects that are nested too deep. No
+    recursion, so that any depth can be told."""
+    layer: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
         inner: list[Any] = []
         for one in layer:
             children = one.values() if isinstance(one, dict) else one
             inner += [child for child in children if isinstance(child, dict | list)]
         if not inner:
-            return False
+            return
         layer = inner
-    return True
+    raise InvalidRequest(
+        f"`{param}` is more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter, or use $ref",
+        param=param,
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.engine.request import Grammar, SamplingParams
+from model.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
+from server.api.structured import check_depth
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.text.answer_text import Markup
 from server.text.chat_template import ChatTemplate
@@ -20,9 +21,8 @@ from server.text.tool_grammar import MAX_CALLS, calls_grammar
 from server.text.tool_prompt import Notation, notation
 
 MAX_TOOLS = 128
-MAX_SCHEMA_BYTES = 64 << 10
-MAX_SCHEMA_DEPTH = 64
 
+Choice = Literal["none", "auto", "required", "function"]
 FunctionName = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
@@ -69,6 +69,51 @@ class ToolUse:
     name: str | None = None
     parallel: bool = True
 
+    @classmethod
+    def of(
+        cls,
+        functions: Sequence[dict[str, Any]],
+        choice: Choice,
+        name: str | None,
+        *,
+        parallel: bool | None,
+        inside: str = "",
+        schema: str = "parameters",
+    ) -> ToolUse:
+        """What the fields of a wire say. `functions` have `name`, and what is there of
+        `description`, `parameters` and `strict`; `name` is what a `choice` of "function" names. In
+        the body a function's name is at `tools.0.name`, with what is `inside` before `.name`, and
+        `schema` is what its parameters are called there.
+
+        Raises InvalidRequest, naming the field."""
+        _check_functions(functions, inside, schema)
+        enforced = choice in ("required", "function")
+        if enforced and not functions:
+            raise InvalidRequest(
+                "`tool_choice` asks for a call, but there are no `tools`; give some, or leave it "
+                "out",
+                param="tool_choice",
+            )
+        if name is not None and all(function["name"] != name for function in functions):
+            raise InvalidRequest(
+                f"`tool_choice` names the function {name[:64]!r}, which is none of `tools`",
+                param="tool_choice",
+            )
+        tools = [{"type": "function", "function": function} for function in functions]
+        return cls([] if choice == "none" else tools, enforced, name, parallel is not False)
+
+    def asking(self, grammars: Iterable[str]) -> str:
+        """The field that asks for the answer's grammar, where `grammars` are those beside the
+        tools that ask for one."""
+        return "tools" if self.enforced else next(iter(grammars), "tools")
+
+    def checkable(self, template: ChatTemplate, given: Grammar | None) -> Grammar | None:
+        """The grammar of `applied` as far as it can be known before the prompt: the end of
+        thoughts may be in front where there are none. Raises InvalidRequest."""
+        return self._grammar(
+            given, notation(template), "does" if CLOSE in template.source else "no"
+        )
+
     def applied(
         self,
         template: ChatTemplate,
@@ -114,99 +159,70 @@ class ToolUse:
 
 
 class ToolFields(BaseModel):
+    """The fields of chat."""
+
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
     def tool_use(self) -> ToolUse:
         """The checked fields. Raises InvalidRequest and UnsupportedParameter, naming the field."""
-        tools = self.tools or []
-        self._check_definitions(tools)
-        names = {tool.function.name for tool in tools}
-        choice, name = self._choice()
-        if choice in ("required", "function") and not tools:
-            raise InvalidRequest(
-                "`tool_choice` asks for a call, but there are no `tools`; give some, or leave it "
-                "out",
-                param="tool_choice",
-            )
-        if name is not None and name not in names:
-            raise InvalidRequest(
-                f"`tool_choice` names the function {name[:64]!r}, which is none of `tools`",
-                param="tool_choice",
-            )
-        return ToolUse(
-            [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
-            enforced=choice in ("required", "function"),
-            name=name,
-            parallel=self.parallel_tool_calls is not False,
+        return ToolUse.of(
+            [tool.function.model_dump(exclude_none=True) for tool in self.tools or []],
+            *chosen(self.tool_choice),
+            parallel=self.parallel_tool_calls,
+            inside=".function",
         )
 
-    def _choice(self) -> tuple[str, str | None]:
-        choice = self.tool_choice
-        if choice is None:
+
+def chosen(choice: str | dict[str, Any] | None, *, flat: bool = False) -> tuple[Choice, str | None]:
+    """OpenAI's `tool_choice`, and the function that it names; `flat`: not within `function`.
+    Raises InvalidRequest and UnsupportedParameter."""
+    example = '"name": ...' if flat else '"function": {"name": ...}'
+    example = f'{{"type": "function", {example}}}'
+    match choice:
+        case None:
             return "auto", None
-        if isinstance(choice, str):
-            if choice in ("none", "auto", "required"):
-                return choice, None
-        elif choice.get("type") == "function":
-            function = choice.get("function")
-            name = function.get("name") if isinstance(function, dict) else None
-            if isinstance(name, str):
-                return "function", name
-        else:
+        case "none" | "auto" | "required":
+            return choice, None
+        case {"type": "function", "name": str(name)} if flat:
+            return "function", name
+        case {"type": "function", "function": {"name": str(name)}} if not flat:
+            return "function", name
+        case dict() if choice.get("type") != "function":
             raise UnsupportedParameter(
                 f"`tool_choice` of type {str(choice.get('type'))[:64]!r} is not supported; "
-                'expected {"type": "function", "function": {"name": ...}}',
+                f"expected {example}",
                 param="tool_choice",
             )
-        raise InvalidRequest(
-            "`tool_choice` must be none, auto, required, or "
-            '{"type": "function", "function": {"name": ...}}',
-            param="tool_choice",
-        )
+    raise InvalidRequest(
+        f"`tool_choice` must be none, auto, required, or {example}", param="tool_choice"
+    )
 
-    @staticmethod
-    def _check_definitions(tools: list[Tool]) -> None:
-        size = 0
-        seen: set[str] = set()
-        for i, tool in enumerate(tools):
-            name, parameters = tool.function.name, tool.function.parameters or {}
-            where = f"tools.{i}.function"
-            if name in seen:
-                raise InvalidRequest(
-                    f"`{where}.name`: there is another function {name!r}; names must differ",
-                    param=f"{where}.name",
-                )
-            seen.add(name)
-            if _depth(parameters) > MAX_SCHEMA_DEPTH:
-                raise InvalidRequest(
-                    f"`{where}.parameters` is nested more than {MAX_SCHEMA_DEPTH} deep",
-                    param=f"{where}.parameters",
-                )
-            if parameters.get("type", "object") != "object":
-                raise InvalidRequest(
-                    f"`{where}.parameters` must be the JSON schema of an object: its `type` is "
-                    f"{str(parameters['type'])[:64]!r}, expected 'object'",
-                    param=f"{where}.parameters",
-                )
-            size += len(msgspec.json.encode(parameters))
-        if size > MAX_SCHEMA_BYTES:
+
+def _check_functions(functions: Sequence[Mapping[str, Any]], inside: str, schema: str) -> None:
+    size = 0
+    seen: set[str] = set()
+    for i, function in enumerate(functions):
+        name, parameters = function["name"], function.get("parameters") or {}
+        where = f"tools.{i}{inside}.{schema}"
+        if name in seen:
+            param = f"tools.{i}{inside}.name"
             raise InvalidRequest(
-                f"the parameters of all `tools` together are {size} bytes of JSON; expected at "
-                f"most {MAX_SCHEMA_BYTES}",
-                param="tools",
+                f"`{param}`: there is another function {name!r}; names must differ", param=param
             )
-
-
-def _depth(document: Any) -> int:
-    """How deep objects and arrays are nested; no recursion, so that any depth can be told."""
-    deepest = 0
-    stack = [(document, 1)]
-    while stack:
-        value, depth = stack.pop()
-        if isinstance(value, dict | list):
-            deepest = max(deepest, depth)
-            inner = value.values() if isinstance(value, dict) else value
-            stack += [(item, depth + 1) for item in inner]
-    return deepest
+        seen.add(name)
+        check_depth(parameters, where)
+        if parameters.get("type", "object") != "object":
+            raise InvalidRequest(
+                f"`{where}` must be the JSON schema of an object: its `type` is "
+                f"{str(parameters['type'])[:64]!r}, expected 'object'",
+                param=where,
+            )
+        size += len(msgspec.json.encode(parameters))
+    if size > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(
+            f"the schemas of all `tools` together are {size} bytes of JSON; expected at most "
+            f"{MAX_GRAMMAR_BYTES}",
+            param="tools",
+        )

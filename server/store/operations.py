@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, exists, insert, literal, select, update
+from sqlalchemy import Connection, delete, exists, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from server.store import blocks
 from server.store.errors import StoreConflict
 from server.store.records import (
     GenerationRecord,
@@ -19,16 +20,14 @@ from server.store.records import (
     TurnRecord,
 )
 from server.store.schema import (
-    dropped_block,
     fold,
     generation,
     generation_tokens,
     idempotency,
-    meta,
     session,
-    session_block,
     text_of,
     turn,
+    turn_block,
 )
 
 # What a turn keeps from its beginning; the rest is known at its end.
@@ -38,8 +37,7 @@ _TURN_FIXED = {"id", "session", "parent", "role", "created_at", "number"}
 def create_session(
     connection: Connection, record: SessionRecord, request: IdempotencyRecord | None
 ) -> None:
-    if request is not None:
-        connection.execute(insert(idempotency), _row(request))
+    _insert_request(connection, request)
     connection.execute(insert(session), _row(record) | {"search": fold(record.title or "")})
 
 
@@ -55,21 +53,9 @@ def delete_session(
     mine = session.c.owner == owner, session.c.id == session_id
     if connection.scalar(select(session.c.id).where(*mine)) is None:
         return None
-    _insert_new(connection, session_block, [{"session": session_id, "key": key} for key in known])
-    other = session_block.alias()
-    keys = list(
-        connection.scalars(
-            select(session_block.c.key)
-            .where(
-                session_block.c.session == session_id,
-                ~exists().where(other.c.key == session_block.c.key, other.c.session != session_id),
-            )
-            .order_by(session_block.c.key)
-        )
-    )
-    _insert_new(connection, dropped_block, [{"key": key} for key in keys])
+    keys = [*connection.scalars(blocks.keys_of_session(session_id)), *known]
     connection.execute(delete(session).where(*mine))
-    return keys
+    return blocks.drop(connection, keys)
 
 
 def begin(
@@ -84,8 +70,7 @@ def begin(
 ) -> None:
     if new_session is not None:
         create_session(connection, new_session, None)
-    if request is not None:
-        connection.execute(insert(idempotency), _row(request))
+    _insert_request(connection, request)
     _insert_turns(connection, turns)
     if reopened is not None:
         _update_turn(connection, reopened)
@@ -132,7 +117,7 @@ def finish(
     usage: dict[str, Any] | None,
     ended_at: float,
     final: TurnRecord | None,
-    blocks: Sequence[bytes],
+    keys: Sequence[bytes],
     chunks: Sequence[TokenChunk],
     head: str | None,
 ) -> None:
@@ -156,37 +141,11 @@ def finish(
         raise StoreConflict(f"the generation {generation_id} is gone")
     if final is not None:
         _update_turn(connection, final)
+        blocks.link(connection, final, keys)
     session_id = connection.scalar(select(generation.c.session).where(mine))
     if session_id is not None:
         changed = {"updated_at": ended_at} | ({} if head is None else {"head": head})
         _update_session(connection, session_id, changed)
-        add_blocks(connection, session_id, blocks)
-
-
-def add_blocks(connection: Connection, session_id: str, keys: Sequence[bytes]) -> list[bytes]:
-    if connection.scalar(select(session.c.id).where(session.c.id == session_id)) is None:
-        return _drop_unused(connection, keys)
-    rows = [{"session": session_id, "key": key} for key in keys]
-    _insert_new(connection, session_block, rows)
-    used = select(session_block.c.key).where(session_block.c.session == session_id)
-    connection.execute(delete(dropped_block).where(dropped_block.c.key.in_(used)))
-    return []
-
-
-def _drop_unused(connection: Connection, keys: Sequence[bytes]) -> list[bytes]:
-    used: set[bytes] = set()
-    for some in _batches(keys):
-        used.update(
-            connection.scalars(select(session_block.c.key).where(session_block.c.key.in_(some)))
-        )
-    unused = [key for key in dict.fromkeys(keys) if key not in used]
-    _insert_new(connection, dropped_block, [{"key": key} for key in unused])
-    return unused
-
-
-def blocks_forgotten(connection: Connection, keys: Sequence[bytes]) -> None:
-    for some in _batches(keys):
-        connection.execute(delete(dropped_block).where(dropped_block.c.key.in_(some)))
 
 
 def set_crashes(connection: Connection, crashes: Mapping[str, int]) -> None:
@@ -206,7 +165,7 @@ def expire(connection: Connection, before: float, gone_before: float) -> int:
     return connection.execute(update(generation).where(*old).values(emptied)).rowcount
 
 
-def delete_response(connection: Connection, owner: str, generation_id: str) -> str | None:
+def delete_response(connection: Connection, owner: str, generation_id: str) -> list[bytes]:
     mine = generation.c.owner == owner, generation.c.id == generation_id
     found = connection.execute(
         select(generation.c.session, generation.c.turn, session.c.listed)
@@ -217,47 +176,49 @@ def delete_response(connection: Connection, owner: str, generation_id: str) -> s
         raise StoreConflict(f"the generation {generation_id} is gone")
     connection.execute(delete(generation).where(*mine))
     if found.listed:
-        return None
+        return []
+    keys: list[bytes] = []
     at: str | None = found.turn
     while at is not None:
         here = turn.c.session == found.session, turn.c.id == at
         child = exists().where(turn.c.session == found.session, turn.c.parent == at)
         answer = exists().where(generation.c.session == found.session, generation.c.turn == at)
         if connection.scalar(select(child | answer)):
-            return None
+            break
+        keys += connection.scalars(select(turn_block.c.key).where(turn_block.c.turn == at))
         parent = connection.scalar(select(turn.c.parent).where(*here))
         connection.execute(delete(turn).where(*here))
         at = parent
-    return (
-        None
-        if connection.scalar(select(exists().where(turn.c.session == found.session)))
-        else str(found.session)
-    )
+    rest = exists().where(turn.c.session == found.session)
+    connection.execute(delete(session).where(session.c.id == found.session, ~rest))
+    return blocks.drop(connection, keys)
 
 
 def copy_path(
     connection: Connection,
     turns: Sequence[TurnRecord],
     record: SessionRecord,
-    from_session: str | None,
+    copied: Sequence[tuple[str, str]],
+    num_blocks: int,
     request: IdempotencyRecord | None,
 ) -> None:
     create_session(connection, record, request)
     _insert_turns(connection, turns)
-    if from_session is not None:
-        copied = select(literal(record.id), session_block.c.key).where(
-            session_block.c.session == from_session
-        )
-        connection.execute(insert(session_block).from_select(["session", "key"], copied))
-
-
-def set_meta(connection: Connection, name: str, value: str) -> None:
-    connection.execute(delete(meta).where(meta.c.name == name))
-    connection.execute(insert(meta), {"name": name, "value": value})
+    blocks.copy(connection, copied, num_blocks)
 
 
 def _row(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _insert_request(connection: Connection, request: IdempotencyRecord | None) -> None:
+    if request is None:
+        return
+    row = _row(request)
+    expired = idempotency.c.created_at < row.pop("replaces_before")
+    mine = idempotency.c.owner == request.owner, idempotency.c.key == request.key
+    connection.execute(delete(idempotency).where(*mine, expired))
+    connection.execute(insert(idempotency), row)
 
 
 def _insert_turns(connection: Connection, turns: Sequence[TurnRecord]) -> None:
@@ -281,18 +242,3 @@ def _update_turn(connection: Connection, record: TurnRecord) -> None:
 def _update_session(connection: Connection, session_id: str, values: dict[str, Any]) -> bool:
     statement = update(session).where(session.c.id == session_id).values(values)
     return connection.execute(statement).rowcount == 1
-
-
-def _insert_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
-    """Inserts the rows whose key is not there yet."""
-    if not rows:
-        return
-    if connection.dialect.name == "sqlite":
-        connection.execute(sqlite.insert(table).on_conflict_do_nothing(), rows)
-    else:
-        connection.execute(postgresql.insert(table).on_conflict_do_nothing(), rows)
-
-
-def _batches(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    """Databases bound the number of a statement's parameters."""
-    return (values[start : start + 10_000] for start in range(0, len(values), 10_000))

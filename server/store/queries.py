@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Column, Connection, Table, exists, or_, select, tuple_
+from sqlalchemy import CTE, Column, Connection, Table, exists, or_, select, tuple_
 
 from server.store.records import (
     GenerationLog,
@@ -20,14 +20,13 @@ from server.store.schema import (
     generation,
     generation_tokens,
     idempotency,
-    meta,
     session,
     turn,
 )
 
 
 def _columns(table: Table, record: type[Any]) -> list[Column[Any]]:
-    return [table.c[field.name] for field in fields(record)]
+    return [table.c[field.name] for field in fields(record) if field.name in table.c]
 
 
 _SESSION = _columns(session, SessionRecord)
@@ -96,19 +95,24 @@ def list_turns(connection: Connection, session_id: str) -> list[TurnRecord]:
     return [TurnRecord(**row._mapping) for row in rows]
 
 
-def find_path(connection: Connection, session_id: str, turn_id: str) -> list[TurnRecord]:
+def path_to(session_id: str, turn_id: str) -> CTE:
+    """Number, id and parent of the turn and of all above it."""
     here = turn.alias()
     path = (
-        select(here.c.number, here.c.parent)
+        select(here.c.number, here.c.id, here.c.parent)
         .where(here.c.session == session_id, here.c.id == turn_id)
         .cte("path", recursive=True)
     )
     above = turn.alias()
-    path = path.union_all(
-        select(above.c.number, above.c.parent).where(
+    return path.union_all(
+        select(above.c.number, above.c.id, above.c.parent).where(
             above.c.session == session_id, above.c.id == path.c.parent
         )
     )
+
+
+def find_path(connection: Connection, session_id: str, turn_id: str) -> list[TurnRecord]:
+    path = path_to(session_id, turn_id)
     # A parent was there before its children: the numbers are in the order of the path.
     rows = connection.execute(
         select(*_TURN).join(path, turn.c.number == path.c.number).order_by(turn.c.number)
@@ -129,10 +133,16 @@ def find_log(connection: Connection, generation_id: str) -> GenerationLog:
     token_ids: list[int] = []
     logprobs: list[bytes] = []
     for row in connection.execute(
-        select(generation_tokens.c.token_ids, generation_tokens.c.logprobs)
+        select(
+            generation_tokens.c.position,
+            generation_tokens.c.token_ids,
+            generation_tokens.c.logprobs,
+        )
         .where(generation_tokens.c.generation == generation_id)
         .order_by(generation_tokens.c.position)
     ):
+        if row.position != len(token_ids):
+            break
         token_ids += row.token_ids
         if row.logprobs is not None:
             logprobs.append(row.logprobs)
@@ -160,7 +170,3 @@ def find_idempotency(connection: Connection, owner: str, key: str) -> Idempotenc
 
 def list_dropped_blocks(connection: Connection) -> list[bytes]:
     return list(connection.scalars(select(dropped_block.c.key).order_by(dropped_block.c.key)))
-
-
-def find_meta(connection: Connection, name: str) -> str | None:
-    return connection.scalar(select(meta.c.value).where(meta.c.name == name))

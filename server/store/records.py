@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 Overflow = Literal["error", "drop_oldest"]
 TurnStatus = Literal["complete", "interrupted", "running"]
-GenerationKind = Literal["turn", "response", "chat", "completion"]
+GenerationKind = Literal["turn", "response", "chat"]
 GenerationStatus = Literal["running", "complete", "interrupted", "failed"]
 
 
@@ -116,13 +116,16 @@ class TokenChunk:
 
 @dataclass(slots=True, kw_only=True)
 class IdempotencyRecord:
-    """That the owner's request `key` was accepted: the hash of its body and what it made."""
+    """That the owner's request `key` was accepted: the hash of its body and what it made.
+
+    It replaces one of the same key from before `replaces_before`, which the store does not keep."""
 
     owner: str
     key: str
     body_hash: str
     target: str
     created_at: float
+    replaces_before: float = 0.0
 
 
 GenerationLog = tuple[list[int], list[bytes]]

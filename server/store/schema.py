@@ -160,6 +160,13 @@ generation = Table(
     Index("generation_session", "session"),
     Index("generation_ended_at", "ended_at"),
 )
+# Those whose log is still there: most of the ended ones are expired, and only known to have been.
+Index(
+    "generation_with_log",
+    generation.c.ended_at,
+    sqlite_where=generation.c.usage.is_not(None),
+    postgresql_where=generation.c.usage.is_not(None),
+)
 
 generation_tokens = Table(
     "generation_tokens",
@@ -171,13 +178,15 @@ generation_tokens = Table(
     PrimaryKeyConstraint("generation", "position"),
 )
 
-session_block = Table(
-    "session_block",
+# `position` counts the blocks of a sequence from its root. What a turn above has is not repeated.
+turn_block = Table(
+    "turn_block",
     metadata,
-    Column("session", Name, ForeignKey("session.id", ondelete="CASCADE"), nullable=False),
+    Column("turn", Name, ForeignKey("turn.id", ondelete="CASCADE"), nullable=False),
+    Column("position", Integer, nullable=False),
     Column("key", LargeBinary, nullable=False),
-    PrimaryKeyConstraint("session", "key"),
-    Index("session_block_key", "key"),
+    PrimaryKeyConstraint("turn", "position"),
+    Index("turn_block_key", "key"),
 )
 
 dropped_block = Table(
@@ -196,13 +205,6 @@ idempotency = Table(
     Column("created_at", Double, nullable=False),
     PrimaryKeyConstraint("owner", "key"),
     Index("idempotency_created_at", "created_at"),
-)
-
-meta = Table(
-    "meta",
-    metadata,
-    Column("name", Name, primary_key=True),
-    Column("value", Text, nullable=False),
 )
 
 

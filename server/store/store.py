@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.store import operations, queries
+from server.store import blocks, operations, queries
 from server.store.database import NUM_READERS, Database, open_database
 from server.store.errors import StoreError
 from server.store.failures import is_unreachable, store_error
@@ -64,16 +64,6 @@ class Store:
         self._readers.shutdown()
         self._database.close()
 
-    @property
-    def queue_length(self) -> int:
-        """Operations that were accepted and are not yet committed."""
-        return self._writer.queue_length
-
-    @property
-    def last_error(self) -> str | None:
-        """Why the last commit failed; None after one that did not."""
-        return self._writer.last_error
-
     # ------------------------------------------------------------------------------- sessions
 
     async def create_session(
@@ -103,20 +93,22 @@ class Store:
         self, owner: str, id: str, known: Sequence[bytes] = ()
     ) -> list[bytes] | None:
         """Deletes the session with its turns, generations, logs and blocks, those that are `known`
-        beside the stored ones among them; None where there is none. The keys of blocks that no
-        other session has are returned for the engine to forget, and are among `dropped_blocks`
-        until `blocks_forgotten`."""
+        beside the stored ones among them; None where there is none. Those blocks that no turn has
+        any more are dropped, as by `drop_blocks`."""
         return await self._write(operations.delete_session, owner, id, known)
 
     async def copy_path(
         self,
         turns: Sequence[TurnRecord],
         session: SessionRecord,
-        from_session: str | None,
+        copied: Sequence[tuple[str, str]],
+        num_blocks: int,
         idempotency: IdempotencyRecord | None = None,
     ) -> None:
-        """Makes `session` with `turns`, parents first; it shares the blocks of `from_session`."""
-        await self._write(operations.copy_path, turns, session, from_session, idempotency)
+        """Makes `session` with `turns`, parents first. `copied` are the ids of a turn and of its
+        copy among them, which shares those blocks of it that are in the first `num_blocks` of the
+        sequence."""
+        await self._write(operations.copy_path, turns, session, copied, num_blocks, idempotency)
 
     # ---------------------------------------------------------------------------------- turns
 
@@ -173,9 +165,10 @@ class Store:
         chunks: Sequence[TokenChunk] = (),
         head: str | None = None,
     ) -> None:
-        """Ends a generation: its whole log (in place of what there is), its turn as it is now, the
-        blocks that its session got, and that session's new `head`. StoreConflict where it is gone:
-        then `add_blocks` tells which to forget."""
+        """Ends a generation: its whole log (in place of what there is), its turn as it is now, and
+        its session's new `head`. `blocks` are the keys of all full blocks of its sequence from the
+        root on; the turn gets those that none above it has, and without a turn nobody does.
+        StoreConflict where it is gone: then `drop_blocks` tells which to forget."""
         operation = partial(
             operations.finish,
             generation_id=generation_id,
@@ -185,7 +178,7 @@ class Store:
             usage=usage,
             ended_at=ended_at,
             final=turn,
-            blocks=blocks,
+            keys=blocks,
             chunks=chunks,
             head=head,
         )
@@ -195,7 +188,8 @@ class Store:
         return await self._read(queries.find_generation, owner, id)
 
     async def generation_log(self, id: str) -> GenerationLog:
-        """The token ids in order, and the logprobs of those chunks that have some."""
+        """The token ids in order, as far as there is no gap and nothing twice, and the logprobs of
+        those chunks that have some."""
         return await self._read(queries.find_log, id)
 
     async def running(self) -> list[tuple[GenerationRecord, list[int], list[bytes]]]:
@@ -212,9 +206,10 @@ class Store:
         until then a generation without `usage` is known to have been."""
         return await self._write(operations.expire, before, gone_before)
 
-    async def delete_response(self, owner: str, generation_id: str) -> str | None:
+    async def delete_response(self, owner: str, generation_id: str) -> list[bytes]:
         """Deletes an ended generation and its turns, as far as nothing else builds on them and no
-        listed session shows them. Returns the unlisted session if nothing of it is left."""
+        listed session shows them, and an unlisted session that nothing is left of. Those blocks
+        that no turn has any more are dropped, as by `drop_blocks`."""
         return await self._write(operations.delete_response, owner, generation_id)
 
     async def old_unlisted(self, before: float) -> list[tuple[str, str]]:
@@ -226,25 +221,17 @@ class Store:
 
     # --------------------------------------------------------------------------------- blocks
 
-    async def add_blocks(self, session: str, keys: Sequence[bytes]) -> list[bytes]:
-        """Notes that the session has these KV blocks. Where it was deleted meanwhile, they are
-        dropped as by `delete_session`, and those to forget are returned."""
-        return await self._write(operations.add_blocks, session, keys)
+    async def drop_blocks(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Of KV blocks whose turn is gone, those that no turn has: they are returned for the engine
+        to forget, and are among `dropped_blocks` until `blocks_forgotten`, or a turn has them."""
+        return await self._write(blocks.drop, keys)
 
     async def dropped_blocks(self) -> list[bytes]:
-        """Keys of blocks that no session has and the engine must still forget."""
+        """Keys of blocks that no turn has and the engine must still forget."""
         return await self._read(queries.list_dropped_blocks)
 
     async def blocks_forgotten(self, keys: Sequence[bytes]) -> None:
-        await self._write(operations.blocks_forgotten, keys)
-
-    # ----------------------------------------------------------------------------------- meta
-
-    async def meta(self, name: str) -> str | None:
-        return await self._read(queries.find_meta, name)
-
-    async def set_meta(self, name: str, value: str) -> None:
-        await self._write(operations.set_meta, name, value)
+        await self._write(blocks.forgotten, keys)
 
     # ---------------------------------------------------------------------------------------
 

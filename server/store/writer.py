@@ -52,7 +52,6 @@ class Writer:
         self._num_in_flight = 0
         self._changed = threading.Condition()
         self._closing = False
-        self.last_error: str | None = None
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
 
@@ -129,9 +128,6 @@ class Writer:
                     failure = StoreError(why)
                 for job in group:
                     job.error = failure
-                self.last_error = str(failure)
-            else:
-                self.last_error = None
             return
 
     def _run(self, connection: Connection, job: _Job) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from server.text.reasoning import ReasoningSplitter, Thinking
-from server.text.tool_calls import ToolCallDelta, ToolCallParser
+from server.text.tool_calls import Shown, ToolCallDelta, ToolCallParser
 
 
 class Markup(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -23,14 +23,21 @@ PLAIN = Markup()
 
 
 class AnswerPart(NamedTuple):
-    """What more of the text has shown."""
+    """What more of the text has shown: `reasoning`, and behind it text and calls in their order."""
 
-    content: str = ""
     reasoning: str = ""
-    calls: list[ToolCallDelta] = []  # noqa: RUF012  # never changed
+    rest: list[Shown] = []  # noqa: RUF012  # never changed
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.calls)
+        return bool(self.reasoning or self.rest)
+
+    @property
+    def content(self) -> str:
+        return "".join([each for each in self.rest if isinstance(each, str)])
+
+    @property
+    def calls(self) -> list[ToolCallDelta]:
+        return [each for each in self.rest if isinstance(each, ToolCallDelta)]
 
 
 class AnswerReader:
@@ -58,18 +65,15 @@ class AnswerReader:
         """What may be shown after more of the text."""
         reasoning, rest = self._splitter.feed(text)
         if self._parser is None:
-            return AnswerPart(rest, reasoning)
-        content, calls = self._parser.feed(rest)
-        return AnswerPart(content, reasoning, calls)
+            return AnswerPart(reasoning, [rest] if rest else [])
+        return AnswerPart(reasoning, self._parser.feed(rest))
 
     def finish(self) -> AnswerPart:
         """The end of the text: what was held back."""
         reasoning, rest = self._splitter.finish()
         if self._parser is None:
-            return AnswerPart(rest, reasoning)
-        content, calls = self._parser.feed(rest)
-        end, more = self._parser.finish()
-        return AnswerPart(content + end, reasoning, calls + more)
+            return AnswerPart(reasoning, [rest] if rest else [])
+        return AnswerPart(reasoning, self._parser.finish(rest))
 
 
 class Call(NamedTuple):

@@ -1,7 +1,7 @@
 """What a template writes when messages are appended to a path of turns, and its tokens.
 
 The renderings are compared, never the tokens. As in `encode_chat`, the spelling of a control token
-inside a message is quoted, and is encoded as the ordinary text it is.
+inside a message or a tool is quoted, and is encoded as the ordinary text it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from server.text.chat_template import (
     plain,
 )
 from server.text.tokenizer import Tokenizer
+from server.text.tool_template import ToolTemplate
 
 # Each of several new messages is rendered on top of those before it, which is quadratic. Beyond
 # this many, the last one gets all the tokens.
@@ -41,13 +42,17 @@ class AppendedText:
         new: Sequence[Message],
         answer: bool,
     ) -> None:
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer = tokenizer
         system = [] if instructions is None else [{"role": "system", "content": instructions}]
         messages = plain([*system, *map(message_of, kept), *new])
         check_messages(messages)
-        self._quoted = Quoted(messages, tokenizer.special_tokens)
+        tools = list(template.tools) if isinstance(template, ToolTemplate) else []
+        self._quoted = Quoted([messages, tools], tokenizer.special_tokens)
         self._sentinel = next(self._quoted.unused)
-        messages = self._quoted.values
+        messages, tools = self._quoted.values
+        if isinstance(template, ToolTemplate):
+            template = template.with_tools(tools)
+        self._template = template
         self._messages: list[Message] = messages
         # Without a path the instructions belong to the first message.
         self._num_old = len(messages) - len(new) if kept else 0

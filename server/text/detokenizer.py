@@ -90,6 +90,11 @@ class Detokenizer:
         """Tokens that were fed and are not wholly shown yet."""
         return self._num_fed - self._num_released
 
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back, since they may be the beginning of a stop string."""
+        return len(self._held)
+
     def feed(self, token_id: int) -> Delta:
         """Takes the next token. After a stop string, and after `finish`, nothing more comes."""
         if self._finished:
@@ -165,9 +170,11 @@ class Detokenizer:
         return count
 
 
-def shown_text(token_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
-    """The text of whole tokens; of half a character at the end, nothing."""
-    detokenizer = Detokenizer(token_bytes)
+def shown_text(
+    token_bytes: Sequence[bytes], ids: Sequence[int], prompt_tail: Sequence[int] = ()
+) -> str:
+    """The text of whole tokens after a prompt; of half a character at the end, nothing."""
+    detokenizer = Detokenizer(token_bytes, prompt_tail)
     return "".join([detokenizer.feed(id_).text for id_ in ids])
 
 

@@ -50,13 +50,17 @@ class ToolCallDelta:
     arguments: str
 
 
+Shown = str | ToolCallDelta
+"""Text, or more of a call."""
+
+
 def call_id(generation_id: str, index: int) -> str:
     """The id of an answer's call: the same whenever the answer is read again."""
     return "call_" + blake3(f"{generation_id}:{index}".encode()).hexdigest(length=12)
 
 
 class ToolCallParser:
-    """Splits an answer's text into text and calls.
+    """Splits an answer's text into text and calls, in the order in which they stand.
 
     `names` are the request's tools. With `parallel=False` every call after the first is dropped.
     `num_calls` were found so far; `num_held` characters at the end are neither shown nor used yet.
@@ -78,21 +82,24 @@ class ToolCallParser:
         self._depth = 0
         self._in_string = False
         self._escaped = False
-        self._text: list[str] = []
-        self._calls: list[ToolCallDelta] = []
+        # What is to be shown, in its order: the pieces of a text (None), or of a call's arguments.
+        self._shown: list[tuple[ToolCallDelta | None, list[str]]] = []
 
     @property
     def num_held(self) -> int:
         return len(self._held)
 
-    def feed(self, text: str) -> tuple[str, list[ToolCallDelta]]:
-        """The text that may be shown after more of the answer, and the calls' deltas."""
+    def feed(self, text: str) -> list[Shown]:
+        """What may be shown after more of the answer."""
         for character in text:
             self._state(character)
         return self._take()
 
-    def finish(self) -> tuple[str, list[ToolCallDelta]]:
-        """The end: what was held back is text, but for what closes a call and the space there."""
+    def finish(self, text: str = "") -> list[Shown]:
+        """The end, after the rest of the answer: what was held back is text, but for what closes a
+        call and the space there."""
+        for character in text:
+            self._state(character)
         between = self._state == self._in_text and self.num_calls and not self._tail
         if self._state != self._after_call and not between:
             self._show(self._held)
@@ -100,23 +107,18 @@ class ToolCallParser:
         self._state = _ended
         return self._take()
 
-    def _take(self) -> tuple[str, list[ToolCallDelta]]:
-        text, self._text = "".join(self._text), []
-        calls: list[ToolCallDelta] = []
-        arguments: list[str] = []
-        for delta in self._calls:
-            if calls and delta.name is None:
-                arguments.append(delta.arguments)
-                continue
-            _extend(calls, arguments)
-            calls.append(delta)
-        _extend(calls, arguments)
-        self._calls = []
-        return text, calls
+    def _take(self) -> list[Shown]:
+        shown, self._shown = self._shown, []
+        return [
+            "".join(pieces) if delta is None else replace(delta, arguments="".join(pieces))
+            for delta, pieces in shown
+        ]
 
     def _show(self, characters: list[str]) -> None:
         if characters:
-            self._text += characters
+            if not self._shown or self._shown[-1][0] is not None:
+                self._shown.append((None, []))
+            self._shown[-1][1].extend(characters)
             self._begins = self._begins and "".join(characters).isspace()
 
     def _reject(self, character: str | None = None) -> None:
@@ -304,11 +306,13 @@ class ToolCallParser:
         self._held, self._head, self._tail = [], [], ""
         self.num_calls += 1
         if self._kept:
-            self._calls.append(ToolCallDelta(self.num_calls - 1, name, arguments))
+            self._shown.append((ToolCallDelta(self.num_calls - 1, name, ""), [arguments]))
 
     def _more(self, character: str) -> None:
         if self._kept:
-            self._calls.append(ToolCallDelta(self.num_calls - 1, None, character))
+            if not self._shown or self._shown[-1][0] is None:
+                self._shown.append((ToolCallDelta(self.num_calls - 1, None, ""), []))
+            self._shown[-1][1].append(character)
 
     @property
     def _kept(self) -> bool:
@@ -317,14 +321,6 @@ class ToolCallParser:
 
 def _ended(character: str) -> None:
     raise RuntimeError(f"{character!r} came after the end of the answer")
-
-
-def _extend(calls: list[ToolCallDelta], arguments: list[str]) -> None:
-    """Add the collected arguments to the last delta."""
-    if arguments:
-        last = calls[-1]
-        calls[-1] = replace(last, arguments=last.arguments + "".join(arguments))
-        arguments.clear()
 
 
 def _call_of(text: str) -> tuple[str, str] | None:

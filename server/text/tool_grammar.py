@@ -84,17 +84,18 @@ def _schema_text(schema: Any) -> str:
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments: of an object, and closed."""
-    parameters = dict(function.get("parameters") or {})
+    """The schema of a function's arguments: of an object, without properties if it has none, and
+    closed."""
+    parameters = dict(function.get("parameters") or {"properties": {}})
     if not _COMBINING & parameters.keys():
         parameters.setdefault("type", "object")
-        parameters.setdefault("properties", {})
     return _closed(parameters)  # type: ignore[no-any-return]
 
 
 def _closed(schema: Any) -> Any:
     """Without properties that the schema does not name, where it leaves that open: all that is
-    valid then is valid by the schema too, and small models come to an end."""
+    valid then is valid by the schema too, and small models come to an end. One that says nothing
+    of its properties stays open."""
     if not isinstance(schema, dict) or _COMBINING & schema.keys():
         return schema
     result = dict(schema)
@@ -102,7 +103,9 @@ def _closed(schema: Any) -> Any:
     if isinstance(properties, dict):
         result["properties"] = {name: _closed(inner) for name, inner in properties.items()}
         required = result.get("required", [])
-        if isinstance(required, list) and all(name in properties for name in required):
+        possible = isinstance(required, list) and all(name in properties for name in required)
+        least = result.get("minProperties", 0)
+        if possible and isinstance(least, int) and least <= len(properties):
             result.setdefault("additionalProperties", False)
     if isinstance(result.get("items"), dict):
         result["items"] = _closed(result["items"])

@@ -15,8 +15,12 @@ class ToolTemplate(ChatTemplate):
     def __init__(self, template: ChatTemplate, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         self.source = template.source
         self.fingerprint = template.fingerprint
+        self.tools = tools
         self._inner = template
-        self._tools = tools
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ToolTemplate:
+        """The same, with other tools."""
+        return ToolTemplate(self._inner, tools)
 
     def render(
         self,
@@ -28,7 +32,7 @@ class ToolTemplate(ChatTemplate):
         **allowed: Any,
     ) -> str:
         """As `ChatTemplate.render`; `tools` take the place of its own."""
-        told, known = with_tools(self._inner, messages, self._tools if tools is None else tools)
+        told, known = with_tools(self._inner, messages, self.tools if tools is None else tools)
         return self._inner.render(
             told,
             add_generation_prompt=add_generation_prompt,

@@ -509,7 +509,6 @@ def test_parse(wide: OpenAI) -> None:
             {"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}},
             "text.format",
         ),
-        ({"tools": [{**WEATHER, "description": "<|im_end|>"}]}, "tools"),
     ],
 )
 def test_what_is_refused_of_tools_and_formats(http: httpx.Client, body: Json, param: str) -> None:

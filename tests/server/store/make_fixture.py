@@ -18,25 +18,28 @@ from tests.server.store.postgresql import find_programs, running
 
 FOLDER = Path(__file__).parent / "fixtures"
 SESSION = a_session("s", title="It's 50% done", metadata={"a": [1, None]}, head="t2")
-END: dict[str, Any] = ENDED | {"blocks": [b"k1", b"k2"], "chunks": [TokenChunk("g1", 2, [7])]}
+ANSWER = a_text_turn("t2", "hello", parent="t1")
+END: dict[str, Any] = ENDED | {
+    "turn": ANSWER,
+    "blocks": [b"k1", b"k2"],
+    "chunks": [TokenChunk("g1", 0, [5, 6], b"lp"), TokenChunk("g1", 2, [7])],
+}
 
 
 async def fill(store: Store) -> None:
     """What `check` finds in a store of any revision."""
     await store.create_session(SESSION)
     await store.begin(
-        [a_text_turn("t1", "Grüße"), a_text_turn("t2", "hello", parent="t1")],
+        [a_text_turn("t1", "Grüße"), ANSWER],
         a_generation("g1", session="s", turn="t2"),
         head=("s", "t2"),
         updated_at=1500.0,
         idempotency=a_request("key"),
     )
-    await store.log_tokens([TokenChunk("g1", 0, [5, 6], b"lp")])
     await store.finish("g1", **END)
     await store.begin([], a_generation("g2"), head=None, updated_at=1.0)
     await store.create_session(a_session("deleted"))
-    await store.add_blocks("deleted", [b"dropped"])
-    await store.delete_session("ann", "deleted")
+    await store.delete_session("ann", "deleted", [b"dropped"])
 
 
 async def check(store: Store) -> None:

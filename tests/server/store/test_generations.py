@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, event, insert, text
 
+from server.store import operations
+from server.store.database import open_database
 from server.store.errors import StoreConflict
-from server.store.records import GenerationRecord, TokenChunk
+from server.store.records import GenerationRecord, IdempotencyRecord, TokenChunk
+from server.store.schema import generation
 from server.store.store import Store
+from tests.server.store.conftest import Place
 from tests.server.store.making import (
     ENDED,
     a_generation,
@@ -116,6 +122,15 @@ class TestLogs:
         await store.log_tokens([TokenChunk("h", 0, [99, 100, 101], b"later")])
         assert await store.generation_log("h") == ([99, 100, 101], [b"later"])
 
+    @pytest.mark.parametrize("position", [1, 3])  # an overlap, a gap
+    async def test_what_does_not_follow_is_left_out(self, store: Store, position: int) -> None:
+        await start(store, a_generation("g"))
+        await store.log_tokens([TokenChunk("g", 0, [10, 11], b"ab")])
+        await store.log_tokens([TokenChunk("g", position, [7], b"c")])
+        await store.log_tokens([TokenChunk("g", position + 1, [8], b"d")])
+        assert await store.generation_log("g") == ([10, 11], [b"ab"])
+        assert [log for _, *log in await store.running()] == [[[10, 11], [b"ab"]]]
+
     async def test_a_deleted_generation_takes_no_others_tokens(self, store: Store) -> None:
         await store.create_session(a_session("s"))
         await start(store, a_generation("g", session="s"), a_generation("h"))
@@ -144,6 +159,18 @@ class TestLogs:
         assert crashes == {"a": 1, "b": 2, "c": 0}
 
 
+async def begin_with(store: Store, request: IdempotencyRecord) -> None:
+    await store.begin([], None, head=None, updated_at=1.0, idempotency=request)
+
+
+async def create_with(store: Store, request: IdempotencyRecord) -> None:
+    await store.create_session(a_session("made"), request)
+
+
+async def copy_with(store: Store, request: IdempotencyRecord) -> None:
+    await store.copy_path([], a_session("made"), [], 0, request)
+
+
 class TestIdempotency:
     async def test_a_key_is_used_once(self, store: Store) -> None:
         request = a_request("key")
@@ -163,6 +190,31 @@ class TestIdempotency:
         other = a_request("key", owner="bob", target="gen_3")
         await store.begin([], None, head=None, updated_at=1.0, idempotency=other)
         assert await store.idempotent("bob", "key") == other
+
+    @pytest.mark.parametrize("made_by", [begin_with, create_with, copy_with])
+    async def test_one_that_expired_is_replaced(
+        self, store: Store, made_by: Callable[[Store, IdempotencyRecord], Awaitable[None]]
+    ) -> None:
+        for owner in ("ann", "bob"):
+            first = a_request("key", owner=owner, created_at=1003.0)
+            await store.begin([], None, head=None, updated_at=1.0, idempotency=first)
+        second = a_request("key", target="second", created_at=2000.0)
+        second.replaces_before = 1003.0
+        with pytest.raises(StoreConflict):
+            await made_by(store, second)
+        second.replaces_before = 1003.1
+        await made_by(store, second)
+        found = await store.idempotent("ann", "key")
+        assert found == dataclasses.replace(second, replaces_before=0.0)
+        assert await store.idempotent("bob", "key") == a_request("key", owner="bob")
+
+    async def test_nothing_replaces_it_where_the_rest_fails(self, store: Store) -> None:
+        first = a_request("key")
+        await store.create_session(a_session("s"), first)
+        second = a_request("key", created_at=2000.0, replaces_before=2000.0)
+        with pytest.raises(StoreConflict):
+            await store.create_session(a_session("s"), second)
+        assert await store.idempotent("ann", "key") == first
 
 
 class TestExpiry:
@@ -196,10 +248,26 @@ class TestExpiry:
         assert await store.expire(2000.0, 2000.0) == 0
         assert await store.generation("ann", "old") is None
 
+    def test_it_looks_at_no_more_than_it_must(self, place: Place) -> None:
+        """Of a month of generations, only at those whose log is to be deleted."""
+        database, connection = open_database(place.url, place.folder, None)
+        row = dataclasses.asdict(a_generation("g", status="complete", ended_at=1500.0))
+        with connection.begin():
+            rows = [row | {"id": f"g{n}"} for n in range(2000)]
+            connection.execute(insert(generation), [*rows, row | {"usage": {"n": 1}}])
+            if place.url is not None:
+                connection.execute(text("ANALYZE generation"))
+        explain = "EXPLAIN QUERY PLAN " if place.url is None else "EXPLAIN "
+        plans: list[str] = []
 
-class TestMeta:
-    async def test_a_value_is_replaced(self, store: Store) -> None:
-        assert await store.meta("a") is None
-        for value in ("1", "2"):
-            await store.set_meta("a", value)
-            assert await store.meta("a") == value
+        def executing(of: Connection, cursor: Any, statement: str, given: Any, *_: Any) -> None:
+            if "usage IS NOT NULL" in statement:
+                cursor.execute(explain + statement, given)
+                plans.append(str(cursor.fetchall()))
+
+        event.listen(connection, "before_cursor_execute", executing)
+        with connection.begin():
+            assert operations.expire(connection, 2000.0, 1000.0) == 1
+        assert len(plans) == 2 and all("generation_with_log" in plan for plan in plans), plans
+        connection.close()
+        database.close()

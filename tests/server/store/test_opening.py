@@ -70,10 +70,10 @@ class TestMigrations:
         place.open().close()  # the lock was given back
 
     def test_one_that_fails_changes_nothing(self, place: Place) -> None:
-        execute(place, "CREATE TABLE meta (other TEXT)")
-        with pytest.raises(StoreError, match="meta"):
+        execute(place, "CREATE TABLE idempotency (other TEXT)")
+        with pytest.raises(StoreError, match="idempotency"):
             place.open()
-        execute(place, "DROP TABLE meta")
+        execute(place, "DROP TABLE idempotency")
         place.open().close()
 
 

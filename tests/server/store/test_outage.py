@@ -66,7 +66,6 @@ async def test_it_is_killed_and_started_again(own_cluster: Cluster, tmp_path: Pa
             await asyncio.wait_for(grow(), 10)
             assert time.monotonic() - back < 10
             assert len((await during)[0]) == 1  # a read waits, too
-            assert store.last_error is None
         stop.set()
         await asyncio.gather(*writers)
         found, _ = await store.sessions("ann", limit=1_000_000)
@@ -89,12 +88,10 @@ async def test_it_stays_away(own_cluster: Cluster, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"the store postgresql://.* cannot be used"):
             await store.create_session(a_session("s"))
         assert 0.5 <= time.monotonic() - begun < 5
-        assert "cannot be used" in (store.last_error or "")
         with pytest.raises(StoreError, match=r"the store postgresql://.* cannot be used"):
             await store.session("ann", "before")
         await asyncio.to_thread(own_cluster.start)
         await store.create_session(a_session("after"))
-        assert store.last_error is None
         found, _ = await store.sessions("ann", limit=9)
         assert {session.id for session in found} == {"before", "after"}
     finally:

@@ -135,16 +135,23 @@ def test_arguments_come_as_they_are_written() -> None:
     reader = AnswerReader(TOOLS)
     assert not reader.feed('<tool_call>{"name": "f", "arguments"')
     assert [reader.feed(piece) for piece in (": {", '"a": ', '"x', 'y"}', "}\n</tool_call>")] == [
-        AnswerPart(calls=reader_calls(0, "f", "{")),
-        AnswerPart(calls=reader_calls(0, None, '"a": ')),
-        AnswerPart(calls=reader_calls(0, None, '"x')),
-        AnswerPart(calls=reader_calls(0, None, 'y"}')),
+        AnswerPart(rest=[ToolCallDelta(0, "f", "{")]),
+        AnswerPart(rest=[ToolCallDelta(0, None, '"a": ')]),
+        AnswerPart(rest=[ToolCallDelta(0, None, '"x')]),
+        AnswerPart(rest=[ToolCallDelta(0, None, 'y"}')]),
         AnswerPart(),
     ]
 
 
-def reader_calls(index: int, name: str | None, arguments: str) -> list[ToolCallDelta]:
-    return [ToolCallDelta(index, name, arguments)]
+def test_text_and_calls_keep_their_order() -> None:
+    part = AnswerReader(TOOLS).feed(f"One {call(F)} two {call(G)} three")
+    assert part.rest == [
+        "One",
+        ToolCallDelta(0, "f", CALL_F.arguments),
+        " two",
+        ToolCallDelta(1, "g", CALL_G.arguments),
+        " three",
+    ]
 
 
 def test_plain_text_is_not_held_back() -> None:

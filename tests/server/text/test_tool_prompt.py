@@ -10,7 +10,7 @@ import pytest
 from server.text.chat_template import CHATML, ChatTemplate
 from server.text.reasoning import thinking
 from server.text.tokenizer import Tokenizer
-from server.text.tool_calls import ToolCallParser
+from server.text.tool_calls import ToolCallDelta, ToolCallParser
 from server.text.tool_prompt import knows_tools, notation, with_tools
 
 TOOL = {
@@ -107,9 +107,11 @@ def test_where_the_template_knows_no_tools_the_notation_is_ours() -> None:
         "<tool_response>\nRain\n</tool_response>",
     }
     parser = ToolCallParser({"weather"})  # what was said reads back as it was
-    text, calls = parser.feed(assistant["content"])
-    assert text == "Let me see."
-    assert [(call.name, call.arguments) for call in calls] == [("weather", ARGUMENTS)] * 2
+    assert parser.feed(assistant["content"]) == [
+        "Let me see.",
+        ToolCallDelta(0, "weather", ARGUMENTS),
+        ToolCallDelta(1, "weather", ARGUMENTS),
+    ]
     assert MESSAGES[2]["content"] == "Let me see."  # the request's own are as they were
 
 

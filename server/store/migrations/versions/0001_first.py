@@ -86,6 +86,13 @@ def upgrade() -> None:
     op.create_index("generation_status", "generation", ["status"])
     op.create_index("generation_session", "generation", ["session"])
     op.create_index("generation_ended_at", "generation", ["ended_at"])
+    op.create_index(
+        "generation_with_log",
+        "generation",
+        ["ended_at"],
+        sqlite_where=sa.text("usage IS NOT NULL"),
+        postgresql_where=sa.text("usage IS NOT NULL"),
+    )
 
     op.create_table(
         "generation_tokens",
@@ -97,12 +104,13 @@ def upgrade() -> None:
     )
 
     op.create_table(
-        "session_block",
-        sa.Column("session", sa.Text, _parent("session.id"), nullable=False),
+        "turn_block",
+        sa.Column("turn", sa.Text, _parent("turn.id"), nullable=False),
+        sa.Column("position", sa.Integer, nullable=False),
         sa.Column("key", sa.LargeBinary, nullable=False),
-        sa.PrimaryKeyConstraint("session", "key"),
+        sa.PrimaryKeyConstraint("turn", "position"),
     )
-    op.create_index("session_block_key", "session_block", ["key"])
+    op.create_index("turn_block_key", "turn_block", ["key"])
     op.create_table("dropped_block", sa.Column("key", sa.LargeBinary, primary_key=True))
 
     op.create_table(
@@ -115,11 +123,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("owner", "key"),
     )
     op.create_index("idempotency_created_at", "idempotency", ["created_at"])
-    op.create_table(
-        "meta",
-        sa.Column("name", sa.Text, primary_key=True),
-        sa.Column("value", sa.Text, nullable=False),
-    )
 
 
 def _parent(column: str) -> sa.ForeignKey:
