@@ -12,34 +12,59 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import AuthenticationError, HeadwaterError, InvalidRequest, PermissionDenied
 from server.metrics import Metrics
-from server.owners import Owners
+from server.owners import Owner, Owners, presented_key
+from server.page import Page
 from server.responses import error_response
 from server.settings import Settings
+from server.sign_ins import SignIns
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/v1/login", "/v1/logout"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class OwnerGate:
     """Finds the owner of each request and leaves it in `scope["state"]["owner"]`; 401 without one.
 
-    Every path needs a key but the open ones, spelled exactly so; a route that is added later is
-    guarded without its author doing anything."""
+    Every path needs a key, or the cookie of a sign-in with one, but the open ones, spelled exactly
+    so, and the files of the page; a route that is added later is guarded without its author doing
+    anything."""
 
-    def __init__(self, app: ASGIApp, owners: Owners, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, owners: Owners, sign_ins: SignIns, page: Page, metrics: Metrics
+    ) -> None:
         self._app = app
         self._owners = owners
+        self._sign_ins = sign_ins
+        self._page = page
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not self._is_open(scope):
             try:
-                owner = self._owners.identify(scope["headers"])
-            except AuthenticationError as error:
+                owner = self._whose(scope)
+            except (AuthenticationError, PermissionDenied) as error:
                 await _refuse(error, self._metrics, scope, receive, send)
                 return
             scope.setdefault("state", {})["owner"] = owner
         await _no_websocket(self._app, scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"]
+        return path in OPEN_PATHS or self._page.opens(scope["method"], path)
+
+    def _whose(self, scope: Scope) -> Owner:
+        """By the key; where none is sent, by the cookie, which a browser also sends where the page
+        of another port of this host asks it to. Raises AuthenticationError, PermissionDenied."""
+        headers = scope["headers"]
+        owner = None if presented_key(headers) else self._sign_ins.find(headers)
+        if owner is None:
+            return self._owners.identify(headers)
+        if not _is_of_our_page(scope):
+            raise PermissionDenied(
+                "a sign-in counts for this server's own page only, and a browser says of this "
+                "request that it is of another, or not of which; send the API key instead"
+            )
+        return owner
 
 
 class HostGate:
@@ -85,8 +110,7 @@ class HostGate:
             return True
         if "*" in self._origins or origin.lower() in self._origins:
             return False
-        # The scheme may differ: a proxy that ends TLS speaks plain HTTP to us.
-        return origin.partition("://")[2].lower() != host.lower()
+        return not _is_at(origin, host)
 
 
 class AllowedHosts:
@@ -131,6 +155,21 @@ def _only(scope: Scope, name: bytes) -> str | None:
     """The header's value; None unless it is there once."""
     values = [value for key, value in scope["headers"] if key == name]
     return values[0].decode("latin-1").strip() if len(values) == 1 else None
+
+
+def _is_at(origin: str, host: str) -> bool:
+    """The scheme may differ: a proxy that ends TLS speaks plain HTTP to us."""
+    return origin.partition("://")[2].lower() == host.lower()
+
+
+def _is_of_our_page(scope: Scope) -> bool:
+    """Whether the browser says so. Of what only reads, an old one says nothing."""
+    if _only(scope, b"sec-fetch-site") not in (None, "same-origin", "none"):
+        return False
+    if scope["method"] in SAFE_METHODS:
+        return True
+    origin, host = _only(scope, b"origin"), _only(scope, b"host")
+    return origin is not None and host is not None and _is_at(origin, host)
 
 
 def _address_is(host: str, trait: str | None = None) -> bool:

@@ -86,6 +86,16 @@ class Owners:
         """Whether a key is needed."""
         return bool(self._keys)
 
+    @property
+    def keys(self) -> list[tuple[bytes, Owner]]:
+        """(SHA-256 digest of a key, its owner)."""
+        return list(self._keys)
+
+    def derive_key(self, purpose: bytes) -> bytes:
+        """32 bytes from the server's secret. `purpose` has a space in it: no owner's name does, so
+        it is nobody's salt."""
+        return hmac.new(self._secret, purpose, hashlib.sha256).digest()
+
     def named(self, name: str) -> Owner:
         """The owner of that name, also when no key is theirs any more: what they left is theirs."""
         known = (owner for _, owner in self._keys if owner.name == name)
@@ -95,7 +105,7 @@ class Owners:
         """Whose a request with these headers is. Raises AuthenticationError."""
         if not self._keys:
             return self.local
-        key = _presented(headers)
+        key = presented_key(headers)
         if key is None:
             raise AuthenticationError(
                 "this server needs an API key; send it as `Authorization: Bearer KEY` or "
@@ -126,15 +136,7 @@ def key_line(name: str, key: str, max_concurrent: int | None = None) -> str:
     return line if max_concurrent is None else f"{line} max_concurrent={max_concurrent}"
 
 
-# ------------------------------------------------------------------------------------- details
-
-
-def _owner(name: str, secret: bytes, max_concurrent: int | None = None) -> Owner:
-    salt = hmac.new(secret, name.encode(), hashlib.sha256).digest()
-    return Owner(name, salt, max_concurrent)
-
-
-def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """The key of the first `Authorization: Bearer`, else of the first `x-api-key`."""
     api_key = None
     for name, value in headers:
@@ -145,6 +147,14 @@ def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         elif name == b"x-api-key" and api_key is None and value.strip():
             api_key = value.strip()
     return api_key
+
+
+# ------------------------------------------------------------------------------------- details
+
+
+def _owner(name: str, secret: bytes, max_concurrent: int | None = None) -> Owner:
+    salt = hmac.new(secret, name.encode(), hashlib.sha256).digest()
+    return Owner(name, salt, max_concurrent)
 
 
 def _read(path: Path) -> tuple[str, int]:

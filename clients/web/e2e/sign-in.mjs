@@ -1,0 +1,54 @@
+/** Signing in by key: once, kept over a reload, out of reach of scripts, over when one leaves. */
+
+import assert from "node:assert/strict";
+import { assertQuiet, audit, report, shot, url, visit } from "./browser.mjs";
+
+const key = process.env.HEADWATER_API_KEY;
+
+await visit({}, async (page, seen, context) => {
+  await page.goto(url);
+  const field = page.getByLabel("API key");
+  await field.waitFor();
+  await audit(page, "the sign-in");
+  await shot(page, "sign-in");
+
+  await field.fill(`${key}x`);
+  await page.keyboard.press("Enter");
+  await page.getByRole("alert").waitFor();
+  await audit(page, "the sign-in after a wrong key");
+
+  await field.fill(key);
+  await page.keyboard.press("Enter");
+  await page.locator("#composer").waitFor();
+  const [cookie, ...others] = await context.cookies();
+  assert.deepEqual(others, []);
+  assert.equal(cookie.httpOnly, true);
+  assert.equal(cookie.sameSite, "Strict");
+  const kept = await page.evaluate(() => [
+    document.cookie,
+    JSON.stringify({ ...localStorage }),
+    JSON.stringify({ ...sessionStorage }),
+    document.documentElement.outerHTML,
+  ]);
+  for (const text of [...kept, cookie.value]) assert(!text.includes(key), "the key is kept");
+  assert.equal(kept[0], "");
+
+  // What changes something, too.
+  await page.locator("#composer").fill("Why do rivers bend?");
+  await page.keyboard.press("Enter");
+  await page.locator(".turn-answer .prose").first().waitFor();
+  await page.waitForURL(/\/s\/sess_/);
+
+  await page.reload();
+  await page.locator("#composer").waitFor();
+  assert.equal(await field.count(), 0, "it asks again after a reload");
+
+  await page.getByRole("button", { name: "Sign out" }).click();
+  await field.waitFor();
+  assert.deepEqual(await context.cookies(), []);
+  await context.addCookies([cookie]); // a copy of it, from before
+  await page.reload();
+  await field.waitFor();
+  assertQuiet(seen);
+});
+report({});

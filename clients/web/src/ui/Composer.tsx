@@ -1,0 +1,91 @@
+import { useEffect, useLayoutEffect, useRef, useState } from "react";
+import { useChat, useChatState } from "./context";
+import { ContextMeter } from "./ContextMeter";
+import { Icon } from "./Icon";
+import { keepWords, keptWords } from "./kept";
+
+/** Where one writes. What is half written is kept, for each session. */
+export function Composer(props: { session: string | null; onEditLast: () => void }) {
+  const chat = useChat();
+  const live = useChatState((state) => state.live !== null);
+  const stopping = useChatState((state) => state.live?.phase === "stopping");
+  const pending = useChatState((state) => state.pending !== null);
+  const [words, setWords] = useState(() => keptWords(props.session));
+  const area = useRef<HTMLTextAreaElement>(null);
+  const busy = live || pending;
+
+  useEffect(() => {
+    area.current?.focus({ preventScroll: true });
+  }, []);
+  useEffect(() => keepWords(props.session, words), [props.session, words]);
+  useLayoutEffect(() => {
+    const element = area.current;
+    if (element === null) return;
+    element.style.height = "auto";
+    element.style.height = `${element.scrollHeight}px`;
+  }, [words]);
+
+  const send = () => {
+    const said = words.trim();
+    if (said === "" || busy) return;
+    setWords("");
+    keepWords(props.session, "");
+    void chat.send(said);
+  };
+
+  return (
+    <form
+      className="composer"
+      onSubmit={(event) => {
+        event.preventDefault();
+        send();
+      }}
+    >
+      <div className="composer-field">
+        <textarea
+          id="composer"
+          ref={area}
+          rows={1}
+          aria-label="What to say"
+          placeholder="Say something"
+          value={words}
+          onChange={(event) => setWords(event.target.value)}
+          onKeyDown={(event) => {
+            if (event.nativeEvent.isComposing) return;
+            if (event.key === "Enter" && !event.shiftKey) {
+              event.preventDefault();
+              send();
+            }
+            if (event.key === "ArrowUp" && words === "" && !busy) {
+              event.preventDefault();
+              props.onEditLast();
+            }
+          }}
+        />
+        {busy ? (
+          <button
+            type="button"
+            className="send send-stop"
+            aria-label="Stop"
+            title="Stop (Esc)"
+            disabled={stopping}
+            onClick={() => void chat.stop()}
+          >
+            <Icon name="stop" />
+          </button>
+        ) : (
+          <button
+            type="submit"
+            className="send"
+            aria-label="Send"
+            title="Send (Enter)"
+            disabled={words.trim() === ""}
+          >
+            <Icon name="send" />
+          </button>
+        )}
+      </div>
+      <ContextMeter words={words} />
+    </form>
+  );
+}

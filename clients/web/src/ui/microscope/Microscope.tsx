@@ -1,0 +1,213 @@
+import { useId, useMemo, useReducer, useState } from "react";
+
+import {
+  FORWARD_TOKENS,
+  forkAt,
+  forward,
+  readModel,
+  readTokens,
+  type ModelFacts,
+} from "../../api/inspect";
+import type { Session } from "../../api/types";
+import {
+  firstLook,
+  firstSurprise,
+  look,
+  pathTokens,
+  seenTokens,
+  summary,
+  type SeenToken,
+  type View,
+} from "../../state/inspect";
+import { Alternatives } from "./Alternatives";
+import { AttentionMap } from "./AttentionMap";
+import { LogitLens } from "./LogitLens";
+import { Norms } from "./Norms";
+import { Shapes } from "./Shapes";
+import { Tabs } from "./Tabs";
+import { TokenStrip } from "./TokenStrip";
+import { Waiting } from "./Waiting";
+import { useLoaded } from "./loaded";
+import { figure, label, percent, whole } from "./words";
+
+export interface MicroscopeProps {
+  sessionId: string;
+  /** An answer on the path to the session's head. */
+  turnId: string;
+  /** A fork was made at a token, and goes on already. */
+  onForked(sessionId: string): void;
+  onClose(): void;
+}
+
+const VIEWS: readonly { name: View; title: string }[] = [
+  { name: "next", title: "Next token" },
+  { name: "attention", title: "Attention" },
+  { name: "lens", title: "Logit lens" },
+  { name: "norms", title: "Norms" },
+  { name: "shapes", title: "Shapes" },
+];
+
+interface Specimen {
+  session: Session;
+  ids: number[];
+  start: number;
+  tokens: SeenToken[];
+  model: ModelFacts;
+}
+
+/** An answer under the microscope: its tokens, and for one of them all that led to the next. */
+export function Microscope(props: MicroscopeProps) {
+  const heading = useId();
+  const { sessionId, turnId } = props;
+  const specimen = useLoaded<Specimen | null>(
+    `${sessionId} ${turnId}`,
+    async (signal) => {
+      const session = await readTokens(sessionId, signal);
+      const path = pathTokens(session.turns, turnId);
+      if (path === null || path.ids.length === 0) return null;
+      const from = Math.max(0, path.ids.length - FORWARD_TOKENS);
+      const [answer, model] = await Promise.all([
+        forward(path.ids.slice(from), [], signal),
+        readModel(signal),
+      ]);
+      return { session, ...path, tokens: seenTokens(answer, from, path.start), model };
+    },
+    { keep: false },
+  );
+
+  return (
+    <section className="ms" aria-labelledby={heading}>
+      <header className="ms-head">
+        <h2 id={heading}>Microscope</h2>
+        <button type="button" className="button button-quiet" onClick={props.onClose}>
+          Close
+        </button>
+      </header>
+      <p className="ms-lede">
+        The answer as the model made it: token after token, each coloured by how probable it was.
+        Choose one to see what else could have stood there, and how the model came to it.
+      </p>
+      <Waiting of={specimen} what="The model reads the answer again…">
+        {(value) =>
+          value === null ? (
+            <p className="ms-note">
+              There is nothing to look at yet: the answer is still being written, or lies on another
+              branch than the one that is shown.
+            </p>
+          ) : (
+            <Slide key={turnId} specimen={value} turnId={turnId} onForked={props.onForked} />
+          )
+        }
+      </Waiting>
+    </section>
+  );
+}
+
+function Slide(props: {
+  specimen: Specimen;
+  turnId: string;
+  onForked: (sessionId: string) => void;
+}) {
+  const { session, ids, start, tokens, model } = props.specimen;
+  const [prompt, setPrompt] = useState(start <= 120);
+  const [state, dispatch] = useReducer(look, null, () => ({
+    ...firstLook(firstSurprise(tokens, Math.min(start, ids.length - 1))),
+    layer: Math.floor(model.blocks / 3),
+  }));
+  const shown = useMemo(
+    () => (prompt ? tokens : tokens.filter((token) => token.answer)),
+    [prompt, tokens],
+  );
+  const seen = summary(tokens);
+  const from = tokens[0]?.index ?? 0;
+  const token = tokens[state.selected - from];
+  const select = (index: number) => dispatch({ do: "select", index });
+
+  function showPrompt(show: boolean) {
+    setPrompt(show);
+    if (!show && state.selected < start) select(Math.min(start, ids.length - 1));
+  }
+
+  if (token === undefined) return null;
+  return (
+    <div className="ms-slide">
+      <div className="ms-specimen">
+        <div className="ms-row">
+          <Legend />
+          <label className="ms-check">
+            <input
+              type="checkbox"
+              checked={prompt}
+              onChange={(event) => showPrompt(event.target.checked)}
+            />
+            with the prompt ({whole(start)} tokens)
+          </label>
+        </div>
+        <TokenStrip tokens={shown} selected={state.selected} onSelect={select} />
+        {from > 0 && (
+          <p className="ms-note">
+            The first {whole(from)} tokens are left out: {whole(FORWARD_TOKENS)} are read at a time.
+          </p>
+        )}
+        {seen !== null && (
+          <p className="ms-note">
+            {whole(seen.tokens)} tokens, {whole(seen.notFirst)} of them not the model’s first
+            choice. On average it was as undecided as between {figure(seen.perplexity)} equally
+            likely tokens: its perplexity.
+          </p>
+        )}
+      </div>
+      <div className="ms-instruments">
+        <p className="ms-selected">
+          Token {whole(state.selected + 1)} of {whole(ids.length)}: <q>{label(token, 24)}</q>
+          {token.drawn !== null && <> at {percent(token.drawn.prob)}</>}
+        </p>
+        <Tabs
+          label="What to see of the token"
+          tabs={VIEWS}
+          chosen={state.view}
+          onChoose={(view) => dispatch({ do: "view", view })}
+        >
+          {state.view === "next" && (
+            <>
+              <p className="ms-lede">
+                The LM head turns the last vector into a score for each of the{" "}
+                {whole(model.vocabulary)} tokens, and softmax turns the scores into probabilities.
+                {token.answer
+                  ? " Choose another one, and a copy of this conversation goes on from there."
+                  : " This is what the model expected in a place that the prompt had filled."}
+              </p>
+              <Alternatives
+                key={token.index}
+                token={token}
+                onChoose={async ({ id }) =>
+                  props.onForked(await forkAt(session, props.turnId, token.index - start, id))
+                }
+              />
+            </>
+          )}
+          {state.view === "attention" && (
+            <AttentionMap ids={ids} model={model} look={state} dispatch={dispatch} />
+          )}
+          {state.view === "lens" && (
+            <LogitLens ids={ids} selected={state.selected} model={model} onSelect={select} />
+          )}
+          {state.view === "norms" && <Norms ids={ids} selected={state.selected} model={model} />}
+          {state.view === "shapes" && (
+            <Shapes ids={ids} selected={state.selected} model={model} onSelect={select} />
+          )}
+        </Tabs>
+      </div>
+    </div>
+  );
+}
+
+function Legend() {
+  return (
+    <span className="ms-legend">
+      <span>improbable</span>
+      <span className="ms-ramp" aria-hidden="true" />
+      <span>certain</span>
+    </span>
+  );
+}
