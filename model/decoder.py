@@ -13,6 +13,7 @@ from model.attention import AttentionMetadata
 from model.config import DecoderConfig
 from model.kv import KVCache
 from model.ops.base import Ops
+from model.ops.tap import Tap
 from model.rope import RopeTable
 from model.weights.load import DecoderWeights, LayerWeights
 
@@ -40,14 +41,18 @@ class Decoder:
 
     @torch.no_grad()
     def forward(
-        self, token_ids: torch.Tensor, kv: KVCache, meta: AttentionMetadata
+        self,
+        token_ids: torch.Tensor,
+        kv: KVCache,
+        meta: AttentionMetadata,
+        tap: Tap | None = None,
     ) -> torch.Tensor:
-        """Compute the step's tokens and write their K/V.
+        """Compute the step's tokens and write their K/V; a `tap` may look on.
 
         token_ids: [num_tokens] int64, in the order of `meta`. Returns the hidden states after the
         final norm, [num_tokens, hidden].
         """
-        return self.ops.run(self, token_ids, kv, meta)
+        return self.ops.run(self, token_ids, kv, meta, tap)
 
     def layers(self, ops: Any, token_ids: Any, kv: Any, meta: Any) -> Any:
         """The model, written over `ops`. What goes through it is the ops' own affair: tensors for
@@ -65,6 +70,13 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocab] fp32."""
         return self.ops.logits(hidden, self._weights.lm_head)
+
+    @torch.no_grad()
+    def lens(self, residual: torch.Tensor) -> torch.Tensor:
+        """The logit lens (nostalgebraist 2020): the final norm and the LM head over the residual
+        stream between two layers, [rows, hidden] -> [rows, vocab] fp32."""
+        norm, eps = self._weights.final_norm, self.config.rms_norm_eps
+        return self.logits(self.ops.evaluate(lambda ops, x: ops.rms_norm(x, norm, eps), residual))
 
     def _attention(
         self, ops: Any, index: int, layer: LayerWeights, h: Any, kv_layer: Any, meta: Any

@@ -13,12 +13,14 @@ from typing import Protocol
 
 from model.engine.backing import Backing
 from model.engine.grammars import Grammars
+from model.engine.inspections import Inspections
 from model.engine.messages import (
     CacheQuery,
     CacheReport,
     DiskStats,
     EngineStats,
     Forgotten,
+    Inspected,
     RequestError,
     StepOutputs,
     Submit,
@@ -65,7 +67,7 @@ class Runner(Protocol):
 class Engine:
     """Requests in, `StepOutputs` out. `static_root` is the hash of everything but the tenant that
     could change a bit of the KV; `backing` is the tier behind the scheduler's pool; without
-    `grammars` none is taken; `clock` gives seconds."""
+    `grammars` none is taken, without `inspections` nobody looks; `clock` gives seconds."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class Engine:
         epoch: int = 0,
         backing: Backing | None = None,
         grammars: Grammars | None = None,
+        inspections: Inspections | None = None,
         check_accounting: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -87,6 +90,7 @@ class Engine:
         self._static_root = static_root
         self._backing = backing
         self.grammars = grammars
+        self.inspections = inspections
         self._held: dict[str, Request] = {}  # until their grammars are compiled
         self._reported = DiskStats()
         self._check_accounting = check_accounting
@@ -107,6 +111,18 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._unsent)
+
+    @property
+    def inspects(self) -> bool:
+        """Whether somebody looks into the model."""
+        return self.inspections is not None and self.inspections.has_work
+
+    def inspect(self) -> Inspected | None:
+        """A little of what looks into the model, if it is its turn: to be called after each step,
+        and while there is nothing else to do."""
+        if self.inspections is None:
+            return None
+        return self.inspections.advance(busy=self.scheduler.has_work)
 
     def submit(self, message: Submit) -> None:
         """Queue a request, or have its refusal in the next step's outputs. A resumed one whose

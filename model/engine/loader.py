@@ -13,6 +13,7 @@ from model.engine.backing import Backing
 from model.engine.engine import Engine
 from model.engine.fault import with_fault
 from model.engine.grammars import Grammars, Vocabulary
+from model.engine.inspections import Inspections
 from model.engine.messages import ModelInfo, Start, Submit
 from model.engine.prefix import root_key
 from model.engine.request import SamplingParams
@@ -22,6 +23,7 @@ from model.engine.tiers import DiskTier, TierUnavailable
 from model.grammar import vocabulary
 from model.hub.cache import GIB
 from model.hub.memory import available_memory
+from model.inspect import Inspector
 from model.kv import KVCache
 from model.ops.base import Ops
 from model.ops.kernels import NoKernels
@@ -96,6 +98,7 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         epoch=start.epoch,
         backing=backing,
         grammars=grammars,
+        inspections=Inspections(Inspector(decoder, start.block_size)),
         check_accounting=start.check_accounting,
     )
     info = ModelInfo(
@@ -109,7 +112,9 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
         num_parameters=weights.num_parameters,
+        parameters=weights.parameters,
         quantization=weights.quantization,
         device=str(device),
         dtype=str(ops.dtype).removeprefix("torch."),
@@ -119,6 +124,7 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
         block_size=start.block_size,
         num_blocks=num_blocks,
         kv_bytes_per_token=kv.bytes_per_token,
+        kv_layout=ops.kv_layout,
         max_num_seqs=start.max_num_seqs,
         max_num_batched_tokens=start.max_num_batched_tokens,
     )

@@ -85,6 +85,46 @@ class Forget(Message, tag="forget"):
     keys: list[bytes]
 
 
+class ForwardInspection(msgspec.Struct, tag="forward", array_like=True):
+    """What each token says of the next one: the `top_k` most probable. Of each of these layers the
+    logit lens and the norms."""
+
+    top_k: int
+    layers: list[int] = []
+
+
+class AttentionInspection(msgspec.Struct, tag="attention", array_like=True):
+    """How much these queries (places of tokens) look at each key before them, in these heads."""
+
+    layer: int
+    heads: list[int]
+    queries: list[int]
+
+
+class CacheInspection(msgspec.Struct, tag="kv_cache", array_like=True):
+    """`max_tokens` greedy tokens, drawn with the KV cache and without it."""
+
+    max_tokens: int
+
+
+Inspection = ForwardInspection | AttentionInspection | CacheInspection
+
+
+class Inspect(Message, tag="inspect"):
+    """Look into the model while it computes these tokens, between the steps of the requests.
+    Answered by `Inspected` messages up to one that is `done` or has an `error`."""
+
+    inspect_id: int
+    token_ids: list[int]
+    what: Inspection
+
+
+class EndInspection(Message, tag="end_inspection"):
+    """Nobody waits for this inspection any more."""
+
+    inspect_id: int
+
+
 class Shutdown(Message, tag="shutdown"):
     """Leave the loop and exit 0."""
 
@@ -105,7 +145,9 @@ class ModelInfo(msgspec.Struct, frozen=True):
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    intermediate_size: int
     num_parameters: int
+    parameters: dict[str, int]  # of embedding, attention, feed_forward, norms, lm_head (0 if tied)
     quantization: str
     device: str
     dtype: str
@@ -115,6 +157,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     block_size: int
     num_blocks: int
     kv_bytes_per_token: int
+    kv_layout: str
     max_num_seqs: int
     max_num_batched_tokens: int
 
@@ -244,6 +287,62 @@ class Forgotten(Message, tag="forgotten"):
     keys: list[bytes]
 
 
+class PositionView(msgspec.Struct, array_like=True):
+    """What the model says after one token: the most probable next ones as (id, logit,
+    log-probability), the entropy of the distribution in nats, and the (log-probability, rank) of
+    the token that came; rank 0 is the most probable. None where nothing came."""
+
+    top: list[tuple[int, float, float]]
+    entropy: float
+    next: tuple[float, int] | None
+
+
+class LayerView(msgspec.Struct, array_like=True):
+    """What a layer did to some tokens, in order: the top of the logit lens behind it as (id,
+    probability), the norm of the residual stream behind it, and the norms of what attention and
+    the feed-forward part added to it."""
+
+    layer: int
+    lens: list[tuple[int, float]]
+    residual: list[float]
+    attention: list[float]
+    feed_forward: list[float]
+
+
+class AttentionRows(msgspec.Struct, array_like=True):
+    """Some queries of a head, in the order asked for; each row has a number for every key up to the
+    query itself."""
+
+    head: int
+    scores: list[list[float]] = []
+    weights: list[list[float]] = []
+    values_share: list[list[float]] = []
+
+
+class CacheComparison(msgspec.Struct, array_like=True):
+    """The tokens drawn with the KV cache, the seconds of all forward passes with it and without,
+    and whether the same tokens were drawn without."""
+
+    token_ids: list[int]
+    seconds_with: float
+    seconds_without: float
+    tokens_equal: bool
+
+
+class Inspected(Message, tag="inspected"):
+    """A part of what an inspection found; parts come in order. `widths` are those of a hidden state
+    and of the logits."""
+
+    inspect_id: int
+    widths: tuple[int, int] | None = None
+    positions: list[PositionView] = []
+    layers: list[LayerView] = []
+    rows: list[AttentionRows] = []
+    comparison: CacheComparison | None = None
+    done: bool = False
+    error: RequestError | None = None
+
+
 class Heartbeat(Message, tag="heartbeat"):
     """Sent each second by a thread of its own. `pending` says whether there is work; `steps` grows
     with each finished step, so that a step that never ends shows."""
@@ -253,8 +352,10 @@ class Heartbeat(Message, tag="heartbeat"):
     pending: bool
 
 
-ToEngine = Start | Submit | Abort | CacheQuery | Forget | Shutdown
-FromEngine = EngineReady | EngineFailed | StepOutputs | CacheReport | Forgotten | Heartbeat
+ToEngine = Start | Submit | Abort | CacheQuery | Forget | Inspect | EndInspection | Shutdown
+FromEngine = (
+    EngineReady | EngineFailed | StepOutputs | CacheReport | Forgotten | Inspected | Heartbeat
+)
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

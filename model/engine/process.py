@@ -26,11 +26,13 @@ import msgspec
 from model.engine.messages import (
     Abort,
     CacheQuery,
+    EndInspection,
     EngineFailed,
     EngineReady,
     Forget,
     FromEngine,
     Heartbeat,
+    Inspect,
     Shutdown,
     Start,
     Submit,
@@ -91,15 +93,16 @@ class Loop:
 
     def run(self) -> None:
         """Load the model named by the first frame, then step until told to stop."""
-        start = self._channel.receive()
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        # torch is imported here and not above: while it is, the server prepares its first message,
+        # and the reader sees it if the server goes
+        from model.engine.loader import LoadError, load_engine
+
+        start = self._inbox.get()
         if not isinstance(start, Start):
             raise SystemExit("the engine process expects a start message first")
         self._epoch = start.epoch
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        # torch is imported here and not above: the reader and the heartbeat are up before it
-        from model.engine.loader import LoadError, load_engine
-
         try:
             self._engine, info = load_engine(start)
         except LoadError as error:
@@ -109,7 +112,7 @@ class Loop:
             self._engine.grammars.on_compiled = lambda: self._inbox.put(None)
         self._channel.send(EngineReady(start.epoch, info))
         while True:
-            if not self._engine.has_work:
+            if not self._busy:
                 self._take(self._wait())
             self._drain()
             if self._stopping:
@@ -120,8 +123,17 @@ class Loop:
                 self._steps += 1
                 if outputs.outputs or not self._engine.has_work:
                     self._channel.send(outputs)
-            else:
+            elif not self._engine.inspects:
                 self._channel.send(self._engine.idle_report())
+            if self._engine.inspects:
+                found = self._engine.inspect()
+                self._steps += 1
+                if found is not None:
+                    self._channel.send(found)
+
+    @property
+    def _busy(self) -> bool:
+        return self._engine is not None and (self._engine.has_work or self._engine.inspects)
 
     def _wait(self) -> ToEngine | None:
         """The next message; until it comes, blocks are brought to the disk."""
@@ -153,6 +165,10 @@ class Loop:
                 self._channel.send(self._engine.cache_report(message))
             case Forget():
                 self._channel.send(self._engine.forget(message.keys))
+            case Inspect() if self._engine.inspections is not None:
+                self._engine.inspections.add(message)
+            case EndInspection() if self._engine.inspections is not None:
+                self._engine.inspections.end(message.inspect_id)
             case Shutdown():
                 self._stopping = True
             case Start():
@@ -171,9 +187,8 @@ class Loop:
     def _beat(self) -> None:
         pause = threading.Event()
         while True:
-            pending = self._engine is not None and self._engine.has_work
             try:
-                self._channel.send(Heartbeat(self._epoch, self._steps, pending))
+                self._channel.send(Heartbeat(self._epoch, self._steps, self._busy))
             except OSError:
                 os._exit(0)
             pause.wait(HEARTBEAT_SECONDS)

@@ -7,13 +7,14 @@ others; an implementation of this protocol passes the same tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from model.attention import AttentionMetadata
 from model.config import DecoderConfig
+from model.ops.tap import Tap
 from model.rope import RopeTable
 from model.weights.raw_tensor import RawTensor
 
@@ -71,10 +72,24 @@ class Ops(Protocol):
     # ------------------------------------------------------------------ running
 
     def run(
-        self, decoder: Decoder, token_ids: torch.Tensor, kv: KVCache, meta: AttentionMetadata
+        self,
+        decoder: Decoder,
+        token_ids: torch.Tensor,
+        kv: KVCache,
+        meta: AttentionMetadata,
+        tap: Tap | None = None,
     ) -> torch.Tensor:
         """`decoder.layers` over these ops: [T] int64 -> hidden [T, hidden]. Ops that record run
-        what they recorded."""
+        what they recorded. A tap changes no bit of it."""
+
+    def evaluate(self, body: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
+        """`body(ops, *inputs)`, written over the ops of `LayerOps`, on tensors [T, width]."""
+
+    def read_kv(
+        self, kv_layer: torch.Tensor, blocks: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `count` keys and values of one layer in these blocks ([n] int64), in order:
+        both [count, K, D] fp32, exactly as attention reads them."""
 
     def logits(self, hidden: torch.Tensor, head: Weight) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocab] fp32."""

@@ -26,15 +26,18 @@ from model.ops.base import Weight
 from model.ops.memory import Arena, allocate
 from model.ops.program import (
     STRIP,
+    CInstruction,
     CModel,
     CStep,
     Kind,
     KVRef,
+    Op,
     Packed,
     Program,
     Recorder,
     Vector,
 )
+from model.ops.tap import Tap
 from model.weights.raw_tensor import RawTensor
 
 if TYPE_CHECKING:
@@ -151,7 +154,12 @@ class NativeOps:
     # ------------------------------------------------------------------ running
 
     def run(
-        self, decoder: Decoder, token_ids: torch.Tensor, kv: KVCache, meta: AttentionMetadata
+        self,
+        decoder: Decoder,
+        token_ids: torch.Tensor,
+        kv: KVCache,
+        meta: AttentionMetadata,
+        tap: Tap | None = None,
     ) -> torch.Tensor:
         """The decoder's forward pass: [T] int64 -> hidden [T, hidden]."""
         program = self._programs.get(decoder)
@@ -159,7 +167,7 @@ class NativeOps:
             recorder = Recorder()
             program = recorder.program(decoder.layers(recorder, None, KVRef(), None))
             self._programs[decoder] = program
-        return self._execute(program, decoder.config, decoder.rope, kv, meta, token_ids, {})
+        return self._execute(program, decoder.config, decoder.rope, kv, meta, token_ids, {}, tap)
 
     def logits(self, hidden: torch.Tensor, head: Weight) -> torch.Tensor:
         """[rows, hidden] fp32 -> [rows, vocab] fp32."""
@@ -225,6 +233,7 @@ class NativeOps:
         meta: AttentionMetadata | None,
         token_ids: torch.Tensor | None,
         given: dict[int, torch.Tensor],
+        tap: Tap | None = None,
     ) -> torch.Tensor:
         if token_ids is not None:
             num_tokens = len(token_ids)
@@ -249,9 +258,47 @@ class NativeOps:
             model.head_dim, model.block_size = config.head_dim, kv.block_size
             model.rotary = rope.rotary_dim
             keep += _fill(step, rope, kv, meta)
-        self._library.hw_run(self._engine, ctypes.byref(model), ctypes.byref(step))
+        if tap is None:
+            self._library.hw_run(self._engine, ctypes.byref(model), ctypes.byref(step))
+        else:
+            self._run_watched(program, model, step, buffers, tap)
         del keep
         return buffers[program.result]
+
+    def _run_watched(
+        self, program: Program, model: CModel, step: CStep, buffers: list[torch.Tensor], tap: Tap
+    ) -> None:
+        """The same instructions in several calls, with a look at the buffers in between."""
+        base, size = model.instructions, ctypes.sizeof(CInstruction)
+        done = 0
+        for count, instruction in enumerate(program.instructions, 1):
+            is_residual = instruction.add or instruction.op == Op.EMBED
+            shows_residual = tap.residual is not None and is_residual
+            shows_queries = tap.queries is not None and instruction.op == Op.ROPE_KV
+            if not (shows_residual or shows_queries or count == len(program.instructions)):
+                continue
+            model.num_instructions, model.instructions = count - done, base + done * size
+            self._library.hw_run(self._engine, ctypes.byref(model), ctypes.byref(step))
+            done = count
+            if shows_residual and tap.residual is not None:
+                tap.residual(buffers[instruction.output])
+            elif shows_queries and tap.queries is not None:
+                qkv = buffers[instruction.input]
+                heads = qkv.view(len(qkv), -1, model.head_dim)
+                # The kernel has them times log2(e) / sqrt(head_dim).
+                tap.queries(instruction.layer, heads[:, : model.num_heads], math.log(2))
+
+    def read_kv(
+        self, kv_layer: torch.Tensor, blocks: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tiles of attention.hpp, laid out flat: pairs of dimensions of the keys, pairs of
+        tokens of the values."""
+        keys, values = kv_layer.index_select(1, blocks)  # [blocks, K, tiles, 16 * D]
+        heads, dim = keys.shape[1], keys.shape[3] // STRIP
+        k = keys.unflatten(3, (dim // 2, STRIP, 2)).permute(0, 2, 4, 1, 3, 5)
+        v = values.unflatten(3, (STRIP // 2, dim, 2)).permute(0, 2, 3, 5, 1, 4)
+        k, v = k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+        return k[:count].float(), v[:count].float()
 
 
 def _fill(step: CStep, rope: RopeTable, kv: KVCache, meta: AttentionMetadata) -> list[Any]:

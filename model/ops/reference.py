@@ -7,9 +7,9 @@ What depends only on the batch is computed once a step and kept on the metadata.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from model.attention import AttentionMetadata
 from model.config import DecoderConfig
 from model.ops.base import Weight
+from model.ops.tap import Tap, TappedOps
 from model.rope import RopeTable
 from model.weights.raw_tensor import RawTensor
 
@@ -195,10 +196,26 @@ class ReferenceOps:
     # ------------------------------------------------------------------ running
 
     def run(
-        self, decoder: Decoder, token_ids: torch.Tensor, kv: KVCache, meta: AttentionMetadata
+        self,
+        decoder: Decoder,
+        token_ids: torch.Tensor,
+        kv: KVCache,
+        meta: AttentionMetadata,
+        tap: Tap | None = None,
     ) -> torch.Tensor:
-        hidden: torch.Tensor = decoder.layers(self, token_ids, kv, meta)
+        ops = self if tap is None else TappedOps(self, tap)
+        hidden: torch.Tensor = decoder.layers(ops, token_ids, kv, meta)
         return hidden
+
+    def evaluate(self, body: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = body(self, *inputs)
+        return result
+
+    def read_kv(
+        self, kv_layer: torch.Tensor, blocks: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = kv_layer.index_select(1, blocks).flatten(1, 2)[:, :count].float()
+        return keys, values
 
     def split_heads(
         self, qkv: torch.Tensor, counts: Sequence[int], head_dim: int

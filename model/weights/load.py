@@ -41,15 +41,19 @@ class LayerWeights:
 class DecoderWeights:
     """All of a decoder. `lm_head` is `embedding` itself when they are tied.
 
-    `num_parameters` counts what the files hold; `quantization` is for people."""
+    `parameters` counts what the files hold, by part; `quantization` is for people."""
 
     embedding: Weight
     layers: tuple[LayerWeights, ...]
     final_norm: Weight
     lm_head: Weight
     rope_factors: RopeFactors | None
-    num_parameters: int
+    parameters: dict[str, int]
     quantization: str
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameters.values())
 
 
 def load_weights(paths: Path | Sequence[Path], config: DecoderConfig, ops: Ops) -> DecoderWeights:
@@ -146,7 +150,9 @@ class _Loader:
         self._config = config
         self._ops = ops
         self._shapes = shapes
-        self._num_parameters = 0
+        self._parameters = dict.fromkeys(
+            ("embedding", "attention", "feed_forward", "norms", "lm_head"), 0
+        )
         self._types: Counter[str] = Counter()
 
     def load(self) -> DecoderWeights:
@@ -172,7 +178,7 @@ class _Loader:
             final_norm=self._vector(_NORM),
             lm_head=head,
             rope_factors=self._files.rope_factors,
-            num_parameters=self._num_parameters,
+            parameters=self._parameters,
             quantization=quantization,
         )
 
@@ -205,5 +211,16 @@ class _Loader:
 
     def _read(self, name: str) -> RawTensor:
         raw = self._files.read(name)
-        self._num_parameters += raw.num_elements
+        self._parameters[_part(name)] += raw.num_elements
         return raw
+
+
+def _part(name: str) -> str:
+    """The part of the model that a tensor belongs to; a bias to that of its matrix."""
+    if "norm" in name:
+        return "norms"
+    if ".self_attn." in name:
+        return "attention"
+    if ".mlp." in name:
+        return "feed_forward"
+    return "lm_head" if name == _HEAD else "embedding"
