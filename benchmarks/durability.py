@@ -2,16 +2,20 @@
 
     python benchmarks/durability.py
 
-Three kinds of streams alternate against one server, on the same prompts: plain chat completions
-(nothing is stored), the same with `resumable: true` (prompt, tokens and end are stored), and turns
-of sessions (those and the turns). Tokens/s are over the time in which all streams decode: from the
-last first token to the first last one. A table, then JSON as the last line.
+Three kinds of streams alternate against one server: plain chat completions (nothing is stored),
+the same with `resumable: true` (prompt, tokens and end are stored), and turns of sessions (those
+and the turns). Prompts are of one length, and no two are the same. All streams of a round begin at
+once, and the time is from the first request to the last byte: it includes the prompts, the commit
+before a stream's first byte, and the one before its end. Tokens are those that the server says it
+made.
+A table, then JSON as the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -30,13 +34,13 @@ from server.bench.origin import origin
 
 STREAMS = 16
 NUM_TOKENS = 160
-ROUNDS = 9
+ROUNDS = 10
 KINDS = ("plain", "resumable", "session")
 
 
-async def stream(client: httpx.AsyncClient, kind: str, number: int) -> list[float]:
-    """When the tokens of one answer came."""
-    text = f"Tell me story number {number} of the river and the {number + 3} stones."
+async def request(client: httpx.AsyncClient, kind: str, number: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of a stream; its session is made here, outside the measured time."""
+    text = f"Tell me story number {10_000 + number} of the river and its stones."
     body: dict[str, Any] = {
         "max_tokens": NUM_TOKENS,
         "ignore_eos": True,
@@ -45,17 +49,25 @@ async def stream(client: httpx.AsyncClient, kind: str, number: int) -> list[floa
     }
     if kind == "session":
         session = (await client.post("/v1/sessions", json={})).json()["id"]
-        path, body = f"/v1/sessions/{session}/turns", body | {"input": text}
-    else:
-        path = "/v1/chat/completions"
-        body |= {"messages": [{"role": "user", "content": text}], "resumable": kind != "plain"}
+        return f"/v1/sessions/{session}/turns", body | {"input": text}
+    return "/v1/chat/completions", body | {
+        "messages": [{"role": "user", "content": text}],
+        "stream_options": {"include_usage": True},
+        "resumable": kind == "resumable",
+    }
+
+
+async def num_tokens(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> int:
+    """How many tokens the stream's answer had, read to the end."""
+    usage = None
     async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
-        return [
-            time.perf_counter()
-            async for line in response.aiter_lines()
-            if line.startswith("data: {") and ('"content":"' in line or '"token_ids"' in line)
-        ]
+        async for line in response.aiter_lines():
+            if '"usage":{' in line:
+                usage = json.loads(line.removeprefix("data: "))["usage"]
+    if usage is None:
+        raise RuntimeError(f"a stream of {path} ended without its usage")
+    return int(usage["completion_tokens"])
 
 
 async def round_of(url: str, kind: str, number: int) -> float:
@@ -63,38 +75,61 @@ async def round_of(url: str, kind: str, number: int) -> float:
     limits = httpx.Limits(max_connections=STREAMS)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         first = number * STREAMS
-        streams = await asyncio.gather(*(stream(client, kind, first + i) for i in range(STREAMS)))
-    start = max(s[1] for s in streams)
-    end = min(s[-1] for s in streams)
-    return sum(sum(start < at <= end for at in s) for s in streams) / (end - start)
+        requests = [await request(client, kind, first + i) for i in range(STREAMS)]
+        begun = time.perf_counter()
+        counts = await asyncio.gather(*(num_tokens(client, *each) for each in requests))
+        return sum(counts) / (time.perf_counter() - begun)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, the quartiles around it, and the extremes."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "median": median,
+        "low_quartile": low,
+        "high_quartile": high,
+        "lowest": min(values),
+        "highest": max(values),
+    }
+
+
+def shown(values: dict[str, float], digits: int) -> tuple[str, str]:
+    """The median, and how far the rounds scatter, for a table."""
+    median, *rest = (f"{value:.{digits}f}" for value in values.values())
+    return median, "{} to {} ({} to {})".format(*rest)
 
 
 def main() -> int:
     """Measure, print the table and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each kind [{ROUNDS}]")
     rounds = parser.parse_args().rounds
+    if rounds < 2:
+        parser.error("--rounds must be 2 or more: one round says nothing of how they scatter")
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     files = resolve("smollm2-135m")
     work = Work(files.weights[0], lambda: files.folder, os.cpu_count() or 1)
     with started(HEADWATER, find_program(HEADWATER, None), work) as server:
-        url = server.url
-        asyncio.run(round_of(url, "plain", 0))  # warm
+        done = itertools.count()
+        for kind in KINDS:
+            asyncio.run(round_of(server.url, kind, next(done)))  # warm
         for number in range(rounds):
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
-                rates[kind].append(asyncio.run(round_of(url, kind, number + 1)))
-    table = Table(title=f"{STREAMS} streams, median of {rounds} alternating rounds")
-    for column in ("streams", "tokens/s", "against plain"):
-        table.add_column(column, justify="right")
+                rates[kind].append(asyncio.run(round_of(server.url, kind, next(done))))
+    tokens_per_s = {kind: summary(rates[kind]) for kind in KINDS}
     ratios = {
-        kind: statistics.median(a / b for a, b in zip(rates[kind], rates["plain"], strict=True))
+        kind: summary([a / b for a, b in zip(rates[kind], rates["plain"], strict=True)])
         for kind in KINDS
     }
+    table = Table(title=f"{STREAMS} streams, {rounds} rounds in turn: median, quartiles (extremes)")
+    for column in ("streams", "tokens/s", "scatter", "against plain", "scatter"):
+        table.add_column(column, justify="right")
     for kind in KINDS:
-        table.add_row(kind, f"{statistics.median(rates[kind]):.1f}", f"{ratios[kind]:.3f}")
+        table.add_row(kind, *shown(tokens_per_s[kind], 1), *shown(ratios[kind], 3))
     Console().print(table)
     document = {"benchmark": "durability", "streams": STREAMS, "tokens": NUM_TOKENS}
-    print(json.dumps(document | {"tokens_per_s": rates, "against_plain": ratios} | origin()))
+    document |= {"tokens_per_s": tokens_per_s, "against_plain": ratios, "rounds": rates}
+    print(json.dumps(document | origin()))
     return 0
 
 

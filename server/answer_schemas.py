@@ -60,7 +60,8 @@ def page_of(schema: Schema) -> Schema:
 
 _CACHED = record(device=COUNT, host=COUNT, disk=COUNT)
 _CHAT_CALL = record(id=TEXT, type=one_of("function"), function=record(name=TEXT, arguments=TEXT))
-_TOKEN = record({"top_logprobs": ANY}, token=TEXT, logprob=NUMBER, bytes=listed(COUNT))
+_TOP = record(token=TEXT, logprob=NUMBER, bytes=listed(COUNT))
+_TOKEN = record(token=TEXT, logprob=NUMBER, bytes=listed(COUNT), top_logprobs=listed(_TOP))
 _CONTENT = record({"logprobs": listed(_TOKEN), "annotations": listed(ANY)}, type=TEXT, text=TEXT)
 _SESSION: dict[str, Schema] = {
     "id": id_of("sess_"),
@@ -104,7 +105,7 @@ SCHEMAS: dict[str, Schema] = {
                     content=null(TEXT),
                     refusal={"type": "null"},
                 ),
-                logprobs=null(record(content=listed(_TOKEN))),
+                logprobs=null(record(content=listed(_TOKEN), refusal={"type": "null"})),
                 finish_reason=one_of("stop", "length", "tool_calls"),
             )
         ),
@@ -162,11 +163,14 @@ SCHEMAS: dict[str, Schema] = {
         incomplete_details=null(record(reason=one_of("max_output_tokens"))),
         instructions=null(TEXT),
         max_output_tokens=null(COUNT),
+        max_tool_calls={"type": "null"},
         metadata=ANY_OBJECT,
         model=TEXT,
         output=listed(ref("Item")),
         parallel_tool_calls=FLAG,
         previous_response_id=null(id_of("resp_")),
+        reasoning=ANY_OBJECT,
+        service_tier=TEXT,
         store=FLAG,
         temperature=NUMBER,
         text=ANY_OBJECT,
@@ -178,7 +182,7 @@ SCHEMAS: dict[str, Schema] = {
         usage=null(
             record(
                 input_tokens=COUNT,
-                input_tokens_details=record(cached_tokens=COUNT),
+                input_tokens_details=record(cached_tokens=COUNT, cache_write_tokens=COUNT),
                 output_tokens=COUNT,
                 output_tokens_details=record(reasoning_tokens=COUNT),
                 total_tokens=COUNT,
@@ -194,7 +198,19 @@ SCHEMAS: dict[str, Schema] = {
         type=one_of("message"),
         role=one_of("assistant"),
         model=TEXT,
-        content=listed(record(type=one_of("text", "thinking", "tool_use"))),
+        content=listed(
+            record(
+                {
+                    "text": TEXT,
+                    "thinking": TEXT,
+                    "signature": TEXT,
+                    "id": TEXT,
+                    "name": TEXT,
+                    "input": ANY_OBJECT,
+                },
+                type=one_of("text", "thinking", "tool_use"),
+            )
+        ),
         stop_reason=one_of("end_turn", "max_tokens", "stop_sequence", "tool_use"),
         stop_sequence=null(TEXT),
         usage=record(
@@ -209,6 +225,7 @@ SCHEMAS: dict[str, Schema] = {
         {
             "token_ids": listed(COUNT),
             "prompt_token_ids": listed(COUNT),
+            "replaces_history": FLAG,
             "rewrite": ANY_OBJECT,
             "dropped": COUNT,
         },
@@ -217,7 +234,7 @@ SCHEMAS: dict[str, Schema] = {
         session=id_of("sess_"),
         parent=null(id_of("turn_")),
         role=one_of("system", "user", "assistant", "tool"),
-        content=listed(record(type=TEXT)),
+        content=listed(record(type=one_of("text"), text=TEXT)),
         status=one_of("complete", "interrupted", "running"),
         finish_reason=null(TEXT),
         generation=null(id_of("gen_")),
@@ -243,7 +260,15 @@ SCHEMAS: dict[str, Schema] = {
         blocks=listed(
             record(index=COUNT, start=COUNT, end=COUNT, tier=TEXT, device=FLAG, disk=FLAG)
         ),
-        last_turn=null(record(turn=TEXT, cached_tokens=_CACHED, miss=null(ANY_OBJECT))),
+        last_turn=null(
+            record(
+                turn=TEXT,
+                prompt_tokens=COUNT,
+                cached_tokens=_CACHED,
+                expected_tokens=COUNT,
+                miss=null(ANY_OBJECT),
+            )
+        ),
     ),
     "SessionExport": record(
         format=one_of("headwater.session"),
@@ -259,7 +284,17 @@ SCHEMAS: dict[str, Schema] = {
         turn=null(id_of("turn_")),
     ),
     "Model": record(
-        {"max_model_len": COUNT, "context_length": COUNT, "reproducible": FLAG},
+        {
+            "max_model_len": COUNT,
+            "context_length": COUNT,
+            "num_parameters": COUNT,
+            "quantization": TEXT,
+            "device": TEXT,
+            "dtype": TEXT,
+            "ops": TEXT,
+            "reproducible": FLAG,
+            "fingerprint": TEXT,
+        },
         id=TEXT,
         object=one_of("model"),
         created=TIME,

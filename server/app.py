@@ -19,14 +19,18 @@ from server.api import (
     conversations,
     docs,
     health,
+    inspect,
+    login,
     messages,
     models,
+    page,
     responses,
     sessions,
     streams,
     tokens,
     turns,
 )
+from server.engine_process import EngineProcess
 from server.errors import (
     HeadwaterError,
     InvalidRequest,
@@ -39,6 +43,7 @@ from server.gates import HostGate, OwnerGate
 from server.middleware import MAX_BODY_BYTES, RequestGate
 from server.openapi import DescribedApp
 from server.owners import Owners
+from server.page import the_page
 from server.responses import error_response, validation_error
 from server.services import Services
 from server.settings import Settings
@@ -47,10 +52,16 @@ from server.store.store import Store
 from server.text.tokenizer import TokenizerError
 
 
-def create_app(settings: Settings, files: ModelFiles, owners: Owners, store: Store) -> FastAPI:
+def create_app(
+    settings: Settings,
+    files: ModelFiles,
+    owners: Owners,
+    store: Store,
+    engine: EngineProcess | None = None,
+) -> FastAPI:
     """The application that serves `files` to `owners` and keeps what is theirs in `store`, which it
-    closes. The engine is spawned when it starts up."""
-    services = Services.create(settings, files, owners, store)
+    closes. Its engine is spawned when it starts up, or is the one given."""
+    services = Services.create(settings, files, owners, store, engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -82,7 +93,10 @@ def with_routes(app: DescribedApp) -> DescribedApp:
         models,
         tokens,
         health,
+        inspect,
+        login,
         docs,
+        page,
     ):
         app.include_router(router.router)
     return app
@@ -91,7 +105,13 @@ def with_routes(app: DescribedApp) -> DescribedApp:
 def _add_gates(app: FastAPI, services: Services) -> None:
     """The layers in front of the routes; the last one is the outermost."""
     settings, metrics = services.settings, services.metrics
-    app.add_middleware(OwnerGate, owners=services.owners, metrics=metrics)
+    app.add_middleware(
+        OwnerGate,
+        owners=services.owners,
+        sign_ins=services.sign_ins,
+        page=the_page(),
+        metrics=metrics,
+    )
     if settings.cors_origins:  # outside the keys: a browser's preflight request has none
         app.add_middleware(
             CORSMiddleware,

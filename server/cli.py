@@ -1,4 +1,4 @@
-"""headwater serve | pull | run | resume | bench | key | doctor"""
+"""headwater serve | pull | run | resume | bench | explain | key | doctor"""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.console import Console
 
 import server
 from model.hub import DEFAULT_MODEL, HubError, ModelFiles, check_memory, resolve
+from server.engine_process import EngineProcess
 from server.listen import ListenError, bind
 from server.logs import set_up_logs
 from server.owners import Owners, OwnersError, key_line, make_key
@@ -132,8 +133,6 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error")] = None,
 ) -> None:
     """Serve a model over HTTP."""
-    from server.store.store import Store
-
     with _explained():
         settings = _settings(
             model=model,
@@ -165,22 +164,28 @@ def serve(
         sock = bind(settings)
         with contextlib.closing(sock):
             files = _resolve(settings)
-            host, number = sock.getsockname()[:2]
-            opened = Store.open(settings.store, settings.data_folder, f"{host}:{number}")
-            with contextlib.closing(opened):
-                raise typer.Exit(asyncio.run(_serve(settings, files, owners, opened, sock)))
+            raise typer.Exit(asyncio.run(_serve(settings, files, owners, sock)))
 
 
-async def _serve(
-    settings: Settings, files: ModelFiles, owners: Owners, store: Any, sock: socket.socket
-) -> int:
+async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: socket.socket) -> int:
     """Run until a signal, or until the engine is beyond help. Returns the exit code."""
+    async with EngineProcess.spawned() as engine:  # what it imports, it imports meanwhile
+        from server.app import create_app
+        from server.store.store import Store
+
+        host, number = sock.getsockname()[:2]
+        store = Store.open(settings.store, settings.data_folder, f"{host}:{number}")
+        with contextlib.closing(store):
+            with _text_files_explained(files):
+                application = create_app(settings, files, owners, store, engine)
+            return await _listen(application, settings, sock)
+
+
+async def _listen(application: Any, settings: Settings, sock: socket.socket) -> int:
     import uvicorn
 
-    from server.app import begin_drain, create_app
+    from server.app import begin_drain
 
-    with _text_files_explained(files):
-        application = create_app(settings, files, owners, store)
     services = application.state.services
     client = services.client
     # Why an engine could not start is the command's last line: the log need not say it as well.
@@ -268,16 +273,21 @@ def run(
     """One answer, streamed to stdout. Status goes to stderr.
 
     Exit codes: 0 done, 1 error, 2 usage, 75 overloaded, 130 interrupted."""
-    from server.run import RunOptions, run_once
-
     with _explained():
         model, text = _model_and_prompt(model_or_prompt, prompt)
         set_up_logs("critical")  # what goes wrong is said in one line of its own
         settings = _settings(model=model, disk_cache=0)  # a server may be using the folder
         files = _resolve(settings)
-        options = RunOptions(text, system, max_tokens, temperature, seed)
-        with _text_files_explained(files):
-            code = asyncio.run(run_once(settings, files, options))
+
+        async def answer() -> int:
+            async with EngineProcess.spawned() as engine:
+                from server.run import RunOptions, run_once
+
+                options = RunOptions(text, system, max_tokens, temperature, seed)
+                with _text_files_explained(files):
+                    return await run_once(settings, files, options, engine)
+
+        code = asyncio.run(answer())
     raise typer.Exit(code)
 
 
@@ -333,6 +343,34 @@ def resume(
         if not re.fullmatch(r"gen_[0-9a-f]{32}", generation):
             raise Fault(f"a generation is named gen_ and 32 digits, got {generation!r}", code=2)
         raise typer.Exit(follow(url, generation, api_key))
+
+
+@app.command()
+def explain(
+    text: Annotated[str, typer.Argument(help="what the model is to go on from")],
+    url: Annotated[str, typer.Option(help="the server")] = "http://127.0.0.1:8000",
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="whose attention is shown [a third up]")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, max=256, help="drawn with and without the KV cache; 0: not shown")
+    ] = 50,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one document with the server's answers")
+    ] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HEADWATER_API_KEY", help="where the server asks for one")
+    ] = None,
+) -> None:
+    """How a running server's model goes on from a text: tokens, probabilities, attention, layers,
+    and what the KV cache is worth.
+
+    Exit codes: 0 done, 1 error, 2 usage, 75 the server is overloaded or cannot be reached."""
+    from server.explain import ExplainOptions
+    from server.explain import explain as print_explained
+
+    options = ExplainOptions(text, url, api_key, layer, max_tokens, as_json)
+    raise typer.Exit(print_explained(options))
 
 
 @app.command()

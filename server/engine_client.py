@@ -18,6 +18,7 @@ from model.engine.messages import (
     BlockState,
     CacheQuery,
     CacheReport,
+    EndInspection,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -25,6 +26,9 @@ from model.engine.messages import (
     Forgotten,
     FromEngine,
     Heartbeat,
+    Inspect,
+    Inspected,
+    Inspection,
     ModelInfo,
     Shutdown,
     Start,
@@ -42,6 +46,7 @@ log = structlog.get_logger()
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
 Sink = Callable[[TokenOutput], None]
+Found = Inspected | HeadwaterError
 
 UNREADY_AFTER_SECONDS = 3.0  # without a heartbeat
 QUERY_SECONDS = 10.0
@@ -113,6 +118,7 @@ class EngineClient:
         self._sinks: dict[str, Sink] = {}
         self._queries: dict[int, asyncio.Future[list[BlockState]]] = {}
         self._num_queries = 0
+        self._inspections: dict[int, Callable[[Found], None]] = {}
 
     # ----------------------------------------------------------------------- for the supervisor
 
@@ -138,6 +144,7 @@ class EngineClient:
         """Ask the engine to leave; it also does when the channel closes."""
         self.state = "stopped"
         self.ready.clear()
+        self.end_inspections(ServerDraining("the server is shutting down", retry_after=5))
         if self._channel is not None:
             self._channel.send(Shutdown())
             self._channel.close()
@@ -156,6 +163,9 @@ class EngineClient:
         for query in queries.values():
             if not query.done():
                 query.set_exception(EngineRestarting("the engine died; try again", retry_after=2))
+        self.end_inspections(
+            EngineRestarting("the engine died while it computed this; try again", retry_after=2)
+        )
         self.on_lost(error)
 
     # --------------------------------------------------------------------------- for the others
@@ -230,6 +240,29 @@ class EngineClient:
         finally:
             self._queries.pop(query_id, None)
 
+    def inspect(self, token_ids: list[int], what: Inspection, sink: Callable[[Found], None]) -> int:
+        """Look into the model while it computes these tokens. `sink` gets what is found, in parts,
+        or why nothing comes. Returns the id to end it by. Raises an Overloaded error."""
+        self.check_ready()
+        assert self._channel is not None
+        if not self._sinks:
+            self.last_progress = time.monotonic()
+        self._num_queries += 1
+        self._inspections[self._num_queries] = sink
+        self._channel.send(Inspect(self._num_queries, token_ids, what))
+        return self._num_queries
+
+    def end_inspection(self, inspect_id: int) -> None:
+        """The sink gets nothing more, and the engine stops looking. Ended ones are ignored."""
+        if self._inspections.pop(inspect_id, None) is not None and self._channel is not None:
+            self._channel.send(EndInspection(inspect_id))
+
+    def end_inspections(self, error: HeadwaterError) -> None:
+        """All of them end with `error`."""
+        sinks, self._inspections = self._inspections, {}
+        for sink in sinks.values():
+            sink(error)
+
     def forget(self, keys: list[bytes]) -> None:
         """Have these blocks removed from every tier; `on_forgotten` tells which are."""
         if self._channel is not None and keys:
@@ -270,6 +303,12 @@ class EngineClient:
                     query.set_result(message.blocks)
             case Forgotten():
                 self.on_forgotten(message.keys)
+            case Inspected():
+                last = message.done or message.error is not None
+                find = self._inspections.pop if last else self._inspections.get
+                found = find(message.inspect_id, None)
+                if found is not None:
+                    found(message)
             case EngineFailed():
                 self.failure = message.message
 

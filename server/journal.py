@@ -75,6 +75,7 @@ class Journal:
         self._response_retention = response_retention
         self._unsaved: list[tuple[Generation, Done | Failed]] = []
         self._flushing = asyncio.Lock()
+        self._told_dropped = True  # the engine knows which blocks nobody has any more
         self._task: asyncio.Task[None] | None = None
         self._expired = 0.0
         generations.journal = self
@@ -125,10 +126,16 @@ class Journal:
         """Have the engine forget the blocks of what was deleted while it was down."""
         for generation in self._generations.live:
             self._let_wait(generation)
+        self._told_dropped = False
         try:
-            self.forget(await self._store.dropped_blocks())
-        except StoreError as error:  # with the next engine, then
+            await self._tell_dropped()
+        except StoreError as error:  # when the store is back, then
             log.error("store_failed", reason=str(error))
+
+    async def _tell_dropped(self) -> None:
+        if not self._told_dropped:
+            self.forget(await self._store.dropped_blocks())
+            self._told_dropped = True
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """Have the engine forget these blocks, some at a time: each is a file to remove."""
@@ -167,6 +174,7 @@ class Journal:
             await asyncio.sleep(FLUSH_SECONDS_WAITED_FOR if waits else FLUSH_SECONDS)
             try:
                 await self.flush()
+                await self._tell_dropped()
                 while self._unsaved:
                     await self._save(*self._unsaved[0])
                     del self._unsaved[0]

@@ -45,6 +45,9 @@ class RequestGate:
                     (b"x-request-id", request_id.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+                # What is somebody's is in no cache of a browser when they have signed out.
+                if all(name != b"cache-control" for name, _ in message["headers"]):
+                    message["headers"] += [(b"cache-control", b"no-store")]
                 if speaks_anthropic(scope["path"]):
                     message["headers"] += [(b"request-id", request_id.encode())]
             await send(message)

@@ -93,8 +93,13 @@ _EXAMPLES: dict[str, Any] = {
     "regenerate_turn": {"seed": 1},
     "continue_turn": {"max_tokens": 20},
     "fork_session": {},
+    "login": {"api_key": "hw-..."},
     "tokenize": {"text": "Why do rivers bend?"},
     "detokenize": {"tokens": [1, 2, 3]},
+    "inspect_tokens": {"text": "Sarah fed the cat because it"},
+    "inspect_forward": {"text": "Sarah fed the cat because it", "top_k": 5, "layers": [0, 1]},
+    "inspect_attention": {"text": "Sarah fed the cat because it", "layer": 1, "head": 0},
+    "inspect_kv_cache": {"messages": _ASKED["messages"], "max_tokens": 20},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from server.events import Done, Event, Failed, Paused, Progress, Started
+from server.events import Done, Event, Paused, Progress, Started
 from server.generation import Generation
 
 
@@ -38,8 +38,12 @@ class _Cursor:
         if delta is not None:
             self._offset = delta.end
             events.append(delta)
-        if generation.outcome is not None:
-            events.append(generation.outcome)
+        end = generation.outcome
+        # A reader that is beyond the end is not sent back to it: its stream ends without a word.
+        if isinstance(end, Done) and self._offset > len(generation.output_token_ids):
+            return events
+        if end is not None:
+            events.append(end)
         return events
 
 
@@ -48,7 +52,8 @@ async def read(
 ) -> AsyncIterator[list[tuple[int, Event]]]:
     """The events of several generations as they come, as (index, event). One batch a wake-up, so
     that a step costs one write however many choices it served. `after` is the number of output
-    tokens that the reader has; None: not even that it started."""
+    tokens that the reader has; None: not even that it started. Where it is beyond the end, there is
+    no `Done`."""
     news = asyncio.Event()
     cursors = {i: _Cursor(generation, after) for i, generation in enumerate(generations)}
     for generation in generations:
@@ -58,9 +63,9 @@ async def read(
             await news.wait()
             news.clear()
             batch = [(i, event) for i, cursor in cursors.items() for event in cursor.news()]
-            for i, event in batch:
-                if isinstance(event, Done | Failed):
-                    del cursors[i]
+            for i, generation in enumerate(generations):
+                if generation.ended:
+                    cursors.pop(i, None)
             if batch:
                 yield batch
     finally:

@@ -84,6 +84,8 @@ class ResponseView:
         generation = self._generation
         if generation is None:
             assert self._turn is not None
+            if self._turn.status == "running":  # it waits for the model that it was begun with
+                return self._head("queued" if self._echo["background"] else "in_progress")
             for piece in self._pieces(self._turn):
                 walk.feed(piece)
             return self._whole(walk, self._turn.finish_reason or "abort")

@@ -52,14 +52,15 @@ def error_response(error: HeadwaterError, scope: Scope) -> Response:
 def _is_choice(part: int | str) -> bool:
     """Whether pydantic means one of several types that a field may have, and no field."""
     name = str(part)
-    return name in ("str", "constrained-str") or name.startswith(("list[", "function-"))
+    return name in ("str", "constrained-str") or name.startswith(("list[", "function-", "literal["))
 
 
 def validation_error(error: RequestValidationError) -> InvalidRequest:
     """pydantic's word on a body or a query, naming the field."""
-    first, *others = error.errors()
-    if any(_is_choice(part) for part in first["loc"]):  # of those, the one that came furthest
-        first = max(first, *others, key=lambda one: len(one["loc"])) if others else first
+    first = error.errors()[0]
+    if any(_is_choice(part) for part in first["loc"]):
+        # Of those, one that only has a bound too low, else the one that came furthest.
+        first = max(error.errors(), key=lambda one: (one["type"] == "too_long", len(one["loc"])))
     where = [
         str(part)
         for part in first["loc"]

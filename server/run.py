@@ -10,6 +10,7 @@ from pathlib import Path
 
 from model.hub import ModelFiles
 from server.api.chat import ChatMessage, ChatRequest, prompt_token_ids
+from server.engine_process import EngineProcess
 from server.errors import HeadwaterError, Overloaded
 from server.events import Delta, Failed
 from server.owners import Owners
@@ -33,12 +34,15 @@ class RunOptions:
     seed: int | None = None
 
 
-async def run_once(settings: Settings, files: ModelFiles, options: RunOptions) -> int:
-    """Start an engine, stream one answer, stop the engine. Returns the exit code."""
+async def run_once(
+    settings: Settings, files: ModelFiles, options: RunOptions, engine: EngineProcess
+) -> int:
+    """Stream one answer of an engine, and stop it. Returns the exit code."""
     owners = Owners(load_secret(settings.data_folder))  # whoever runs a command needs no key
     # A server may have the store of the data folder; and nothing here is to be kept.
     folder = tempfile.TemporaryDirectory(prefix="headwater-")
-    services = Services.create(settings, files, owners, Store.open(None, Path(folder.name)))
+    store = Store.open(None, Path(folder.name))
+    services = Services.create(settings, files, owners, store, engine)
     await services.start()
     try:
         _status(f"loading {files.name}")

@@ -13,15 +13,18 @@ from fastapi import Depends, Request
 
 from model.hub import ModelFiles
 from server.engine_client import EngineClient
+from server.engine_process import EngineProcess
 from server.errors import ServerDraining
 from server.generations import Generations
 from server.grammar_check import GrammarCheck
 from server.idempotency import Idempotency
+from server.inspections import Inspections
 from server.journal import Journal
 from server.metrics import Metrics
 from server.owners import Owner, Owners
 from server.sessions import Sessions
 from server.settings import Settings
+from server.sign_ins import SignIns
 from server.store.errors import StoreError
 from server.store.store import Store
 from server.stored_responses import Responses
@@ -36,6 +39,7 @@ class Services:
     settings: Settings
     files: ModelFiles
     owners: Owners
+    sign_ins: SignIns
     tokenizer: Tokenizer
     template: ChatTemplate
     client: EngineClient
@@ -47,13 +51,19 @@ class Services:
     sessions: Sessions
     responses: Responses
     idempotency: Idempotency
+    inspections: Inspections
     metrics: Metrics
     sampling_defaults: dict[str, float]
     draining: asyncio.Task[None] | None = None
 
     @classmethod
     def create(
-        cls, settings: Settings, files: ModelFiles, owners: Owners, store: Store
+        cls,
+        settings: Settings,
+        files: ModelFiles,
+        owners: Owners,
+        store: Store,
+        engine: EngineProcess | None = None,
     ) -> Services:
         tokenizer = Tokenizer.load(files.folder)
         client = EngineClient()
@@ -81,10 +91,11 @@ class Services:
             settings=settings,
             files=files,
             owners=owners,
+            sign_ins=SignIns(owners, settings.data_folder / "signed_out"),
             tokenizer=tokenizer,
             template=template,
             client=client,
-            supervisor=Supervisor(settings, files, client, metrics),
+            supervisor=Supervisor(settings, files, client, metrics, engine),
             generations=generations,
             grammars=GrammarCheck(tokenizer.special_tokens),
             store=store,
@@ -92,6 +103,7 @@ class Services:
             sessions=sessions,
             responses=Responses(store, journal, generations, client, sessions),
             idempotency=Idempotency(store, settings.stream_retention),
+            inspections=Inspections(client),
             metrics=metrics,
             sampling_defaults=read_sampling_defaults(files.folder),
         )
@@ -105,9 +117,9 @@ class Services:
         """End what runs: the durable ones go on with the next start."""
         with contextlib.suppress(StoreError):
             await self.journal.flush()
-        self.generations.end_all(
-            ServerDraining("the server is shutting down; send the request again", retry_after=5)
-        )
+        error = ServerDraining("the server is shutting down; send the request again", retry_after=5)
+        self.client.end_inspections(error)
+        self.generations.end_all(error)
         await self.generations.settled()
 
     async def stop(self) -> None:

@@ -147,6 +147,7 @@ class Sessions:
         """Add turns as `append` does, and answer nothing. Returns the last one."""
         async with self.free(owner, session_id, on_busy) as session:
             path = await self.path(session, session.head if parent is False else parent)
+            await self._check_ended(owner, path)
             extension = await self.extend(session, path, messages, None, None)
             turns = new_turns(session.id, path, messages, extension, self.fingerprint)
             last = turns[-1]
@@ -195,6 +196,7 @@ class Sessions:
             path = await self.path(session, session.head)
             if not path or path[-1].role != "assistant":
                 raise InvalidRequest("the session's head is no answer that could be continued")
+            await self._check_ended(owner, path)
             turn = path[-1]
             if turn.status == "complete" and turn.finish_reason != "length":
                 raise InvalidRequest(
@@ -208,9 +210,6 @@ class Sessions:
                 raise InvalidRequest(
                     "the answer was begun with another model; append a turn, or regenerate it"
                 )
-            if turn.status == "running" and turn.generation is not None:
-                taken_up = await self._journal.load(owner.name, turn.generation)
-                raise _busy(session_id, taken_up)
             model = self._client.check_ready()
             prompt = _without_own(path)
             num_before = len(prompt) + len(turn.token_ids)
@@ -283,8 +282,7 @@ class Sessions:
         session = await self.get(owner, session_id)
         model = self._client.check_ready()
         path = await self.path(session, at or session.head)
-        if path and path[-1].status == "running":
-            raise _busy(session.id, self.generating(session.id))
+        await self._check_ended(owner, path)
         turns = copies_of(path)
         if token is not None:
             if not turns or turns[-1].role != "assistant":
@@ -308,8 +306,6 @@ class Sessions:
         )
         for turn in turns:
             turn.session = fork.id
-        if idempotency is not None:
-            idempotency.target = fork.id
         await self._store.copy_path(
             turns,
             fork,
@@ -364,6 +360,20 @@ class Sessions:
             line.waiting -= 1
             if line.waiting == 0:
                 self._lines.pop(session_id, None)
+
+    async def _check_ended(self, owner: Owner, path: Sequence[TurnRecord]) -> None:
+        """Raises SessionBusy for a path whose last answer is not at its end, so that nothing can
+        come after it. One that nobody runs, since the answer to a commit was lost, is taken up."""
+        turn = path[-1] if path else None
+        if turn is None or turn.status != "running" or turn.generation is None:
+            return
+        running = await self._journal.load(owner.name, turn.generation)
+        if running is not None:
+            raise _busy(turn.session, running)
+        raise SessionBusy(
+            f"the answer {turn.generation} was begun with another model and goes on when that one "
+            "is served again; meanwhile regenerate it, or go on from another turn"
+        )
 
     async def extend(
         self,
@@ -439,6 +449,7 @@ class Sessions:
         idempotency: IdempotencyRecord | None,
     ) -> Generation:
         """Answer `messages` after `path`."""
+        await self._check_ended(owner, path)
         model = self._client.check_ready()
         extension = await self.extend(session, path, messages, model, wish.max_tokens)
         prompt = extension.prompt_token_ids

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-import socket
-import sys
 import time
 from collections import deque
 
@@ -24,6 +21,7 @@ import structlog
 from model.engine.messages import Start
 from model.hub import ModelFiles
 from server.engine_client import EngineClient
+from server.engine_process import EngineProcess
 from server.errors import EngineCrash
 from server.metrics import Metrics
 from server.settings import Settings
@@ -32,51 +30,54 @@ log = structlog.get_logger()
 
 MAX_DEATHS = 5
 DEATHS_WITHIN_SECONDS = 60.0
-# libgomp's threads spin for milliseconds at a barrier by default: on a machine where another
-# process has one of the cores, that makes every small parallel region wait for a time slice.
-_SPIN_SHORTLY = {"GOMP_SPINCOUNT": "2000"}
 WATCH_SECONDS = 0.5
 STOP_SECONDS = 3.0
 
 
 class Supervisor:
-    """Keeps one engine process alive for `client`."""
+    """Keeps one engine process alive for `client`. The first may be spawned already."""
 
     def __init__(
-        self, settings: Settings, files: ModelFiles, client: EngineClient, metrics: Metrics
+        self,
+        settings: Settings,
+        files: ModelFiles,
+        client: EngineClient,
+        metrics: Metrics,
+        engine: EngineProcess | None = None,
     ) -> None:
         self._settings = settings
         self._client = client
         self._files = files
         self._metrics = metrics
-        self._process: asyncio.subprocess.Process | None = None
+        self._spawned = engine
+        self._engine: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self.failed = asyncio.Event()  # no engine will come back
 
     @property
     def engine_pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        return None if self._engine is None else self._engine.pid
 
     def start(self) -> None:
-        """Spawn the first engine and keep watching, in the background."""
+        """Have an engine, and keep watching, in the background."""
         self._task = asyncio.create_task(self._run(), name="supervisor")
 
     async def stop(self) -> None:
         """End the engine process: a word first, SIGKILL after a while."""
         self._stopping = True
         self._client.shutdown()
-        if self._process is not None and self._process.returncode is None:
+        if self._engine is not None:
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+                await asyncio.wait_for(self._engine.wait(), STOP_SECONDS)
             except TimeoutError:
-                self._kill()
+                self._engine.signal(signal.SIGKILL)
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        if self._process is not None:
-            await self._process.wait()
+        if self._engine is not None:
+            await self._engine.wait()
 
     # -------------------------------------------------------------------------------- details
 
@@ -107,33 +108,12 @@ class Supervisor:
 
     async def _one_engine(self, epoch: int) -> bool:
         """Run one engine process to its end. True if it was ready once."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        # Ctrl+C goes to the whole process group. The child must not die of it before it ignores it,
-        # so it is born with these signals blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # the current folder must not shadow our packages
-                "-m",
-                "model.engine",
-                "--fd",
-                str(theirs.fileno()),
-                "--parent",
-                str(os.getpid()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
-                env=_SPIN_SHORTLY | os.environ,
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
+        engine, self._spawned = self._spawned or await EngineProcess.spawn(), None
+        self._engine = engine
         channel = self._client.attach(epoch)
-        await asyncio.get_running_loop().create_connection(lambda: channel, sock=ours)
+        await asyncio.get_running_loop().create_connection(lambda: channel, sock=engine.socket)
         self._client.start(self._start_message(epoch))
-        exited = asyncio.create_task(self._process.wait())
+        exited = asyncio.create_task(engine.wait())
         closed = asyncio.create_task(channel.closed.wait())
         try:
             while not exited.done() and not closed.done():
@@ -143,16 +123,16 @@ class Supervisor:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if not exited.done() and self._hangs():
-                    await self._dump_stacks()
-                    self._kill()
+                    await self._dump_stacks(engine)
+                    engine.signal(signal.SIGKILL)
             if not exited.done():
                 # The channel closed. A process on its way out gets a moment, then no more.
                 await asyncio.wait({exited}, timeout=0.2)
                 if not exited.done() and not self._stopping:
-                    self._kill()
+                    engine.signal(signal.SIGKILL)
             return_code = await exited
             if not self._stopping:
-                log.warning("engine_died", pid=self._process.pid, return_code=return_code)
+                log.warning("engine_died", pid=engine.pid, return_code=return_code)
             return self._client.ready.is_set()
         finally:
             exited.cancel()
@@ -168,19 +148,12 @@ class Supervisor:
             or now - self._client.last_progress > timeout
         )
 
-    async def _dump_stacks(self) -> None:
+    async def _dump_stacks(self, engine: EngineProcess) -> None:
         """Ask faulthandler in the engine for all its stacks (they go to our stderr)."""
-        assert self._process is not None
-        log.error("engine_hangs", pid=self._process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGCONT)
-            self._process.send_signal(signal.SIGUSR1)
+        log.error("engine_hangs", pid=engine.pid)
+        engine.signal(signal.SIGCONT)
+        engine.signal(signal.SIGUSR1)
         await asyncio.sleep(0.2)
-
-    def _kill(self) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
 
     def _start_message(self, epoch: int) -> Start:
         settings, files = self._settings, self._files

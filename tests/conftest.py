@@ -10,6 +10,8 @@ import tempfile
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tests start hundreds of Python processes: none of them must compile the project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # No test writes into the home of whoever runs it; started servers get folders of their own.
 os.environ["HEADWATER_DATA"] = tempfile.mkdtemp(prefix="headwater-tests-")
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.server import Server, headwater, wait_until
 from tests.model.hub.hub_files import write_gguf
 
-START_SECONDS = 10.0
+WATCHDOG_SECONDS = 30.0
 WEIGHTS = "model.safetensors"
 
 
@@ -43,7 +43,7 @@ def command(*args: str, stdin: str | bytes = "", **env: str) -> subprocess.Compl
     """Run the command to its end, which must come soon and leave no process behind."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     with started(*args, **env) as process:
-        out, err = process.communicate(data, timeout=START_SECONDS)
+        out, err = process.communicate(data, timeout=WATCHDOG_SECONDS)
     return subprocess.CompletedProcess(process.args, process.returncode, out.decode(), err.decode())
 
 
@@ -411,7 +411,7 @@ def end_while_loading(
     model: Path, number: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
     with started("serve", str(model), "--port", "0") as process:
-        wait_until(lambda: engine_of(process), START_SECONDS, "no engine")
+        wait_until(lambda: engine_of(process), WATCHDOG_SECONDS, "no engine")
         send(process.pid, number)
         out, err = process.communicate(timeout=5)
         assert (process.returncode, out, err) == (0, b"", b"")

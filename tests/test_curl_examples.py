@@ -266,6 +266,30 @@ def check_detokenize(output: str) -> None:
     assert body["count"] == 8 and body["text"]
 
 
+def check_inspect_tokens(output: str) -> None:
+    body = document(output)
+    assert "".join(token["text"] for token in body["tokens"]) == body["rendered"]
+
+
+def check_inspect_forward(output: str) -> None:
+    body = document(output)
+    assert len(body["positions"]) == len(body["tokens"]) and len(body["layers"]) == 2
+
+
+def check_inspect_attention(output: str) -> None:
+    weights = document(output)["weights"]
+    assert all(abs(sum(row) - 1) < 1e-5 for head in weights for row in head)
+
+
+def check_inspect_kv_cache(output: str) -> None:
+    body = document(output)
+    assert body["tokens_equal"] and body["tokens"] == 20
+
+
+def check_inspect_model(output: str) -> None:
+    assert document(output)["blocks"] > 0
+
+
 def check_health(output: str) -> None:
     assert document(output) == {"status": "ok"}
 

@@ -23,6 +23,13 @@ from server import errors
 from server.api.chat import ChatRequest
 from server.api.completions import CompletionRequest
 from server.api.conversations import NewConversation
+from server.api.inspect_bodies import (
+    AttentionBody,
+    CacheBody,
+    ForwardBody,
+    SubjectBody,
+    TextBody,
+)
 from server.api.message_fields import MessagesRequest
 from server.api.response_fields import ResponseRequest
 from server.api.sampling import SamplingFields
@@ -195,6 +202,10 @@ def test_every_route_is_documented_and_there(tiny_server: Server) -> None:
         ("## POST /v1/messages", MessagesRequest, set(SamplingFields.model_fields)),
         ("## Conversations", NewConversation, set()),
         ("## POST /tokenize", TokenizeRequest, set()),
+        ("### POST /v1/inspect/tokens", TextBody, set()),
+        ("### POST /v1/inspect/forward", ForwardBody, set(TextBody.model_fields)),
+        ("### POST /v1/inspect/attention", AttentionBody, set(SubjectBody.model_fields)),
+        ("### POST /v1/inspect/kv-cache", CacheBody, set(TextBody.model_fields)),
         ("## POST /detokenize", DetokenizeRequest, set()),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -27,7 +28,8 @@ MAX_PROMPTS = 64
 DEFAULT_MAX_TOKENS = 16
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+_SOME = Field(min_length=1, max_length=MAX_PROMPTS)
+Prompts = Annotated[list[str], _SOME] | Annotated[list[TokenIds], _SOME]
 
 
 class CompletionRequest(SamplingFields):
@@ -150,14 +152,14 @@ class _Answer:
         choices = []
         for i, generation in enumerate(self._generations):
             finish_reason = "length" if self._drop_output else wire_reason(generation.end)
-            text = ""
+            pieces: list[str] = []
             logprobs: list[TokenLogprob] = []
             if self._echo:
-                text, logprobs = self._prompt_part(generation)
+                pieces, logprobs = self._prompt_part(generation)
             if not self._drop_output:
-                text += generation.text
+                pieces += generation.pieces
                 logprobs += generation.logprobs
-            choices.append(self._choice(i, text, logprobs, finish_reason))
+            choices.append(self._choice(i, pieces, logprobs, finish_reason))
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def frames(self, include_usage: bool) -> AsyncIterator[bytes]:
@@ -171,8 +173,8 @@ class _Answer:
                     self._metrics.errors.labels(event.error.code).inc()
                     yield b"".join([*frames, data_frame(event.error.body()), DONE])
                     return
-                if self._echo and i not in echoed:
-                    echoed.add(i)
+                if self._echo and i not in echoed and isinstance(event, Delta | Done):
+                    echoed.add(i)  # not before: the prompt's log-probabilities come until then
                     frames.append(self._frame(i, *self._prompt_part(self._generations[i])))
                 frames += self._event_frames(i, event)
             if frames:
@@ -185,46 +187,63 @@ class _Answer:
     def _event_frames(self, index: int, event: Event) -> list[bytes]:
         match event:
             case Delta() if not self._drop_output and (event.text or event.logprobs):
-                return [self._frame(index, event.text, event.logprobs)]
+                start = event.end - len(event.token_ids)
+                pieces = self._generations[index].pieces[start : event.end]
+                return [self._frame(index, pieces, event.logprobs)]
             case Done():
                 reason = "length" if self._drop_output else wire_reason(event)
-                return [self._frame(index, "", [], reason)]
+                return [self._frame(index, [], [], reason)]
         return []
 
     def _frame(
         self,
         index: int,
-        text: str,
+        pieces: list[str],
         logprobs: list[TokenLogprob],
         finish_reason: str | None = None,
     ) -> bytes:
         return data_frame(
-            {**self._head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
+            {**self._head, "choices": [self._choice(index, pieces, logprobs, finish_reason)]}
         )
 
     def _choice(
-        self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None
+        self,
+        index: int,
+        pieces: list[str],
+        logprobs: list[TokenLogprob],
+        finish_reason: str | None,
     ) -> dict[str, Any]:
+        """`pieces` are the text that each token completes, of more tokens than `logprobs` where a
+        stop string cut one."""
         listed = None
         if self._top_logprobs is not None and (logprobs or finish_reason is None):
-            listed = self._logprobs(index, logprobs)
+            listed = self._logprobs(index, pieces, logprobs)
+        text = "".join(pieces)
         self._offsets[index] += len(text)
         return {"index": index, "text": text, "logprobs": listed, "finish_reason": finish_reason}
 
-    def _prompt_part(self, generation: Generation) -> tuple[str, list[TokenLogprob]]:
+    def _prompt_part(self, generation: Generation) -> tuple[list[str], list[TokenLogprob]]:
         ids = generation.prompt_token_ids
         text = self._tokenizer.decode(ids, skip_special=False)
         if self._top_logprobs is None:
-            return text, []
+            return [text], []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [decoder.decode(self._tokenizer.bytes_of(id)) for id in ids]
+        pieces[-1] += decoder.decode(b"", final=True)
+        if len(text) < sum(map(len, pieces)):  # the space that the tokenizer puts in front is gone
+            at = next(i for i, piece in enumerate(pieces) if piece)
+            pieces[at] = pieces[at][1:]
         first = TokenLogprob(ids[0], float("nan"))  # nothing comes before it
-        return text, [first, *generation.prompt_logprobs]
+        return pieces, [first, *generation.prompt_logprobs]
 
-    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(
+        self, index: int, pieces: list[str], logprobs: list[TokenLogprob]
+    ) -> dict[str, Any]:
         piece = self._tokenizer.piece
         offsets, offset = [], self._offsets[index]
-        for entry in logprobs:
+        for _, shown in zip(logprobs, pieces, strict=False):
             offsets.append(offset)
-            offset += len(piece(entry.token_id))
+            offset += len(shown)
         known = [entry.logprob == entry.logprob for entry in logprobs]
         return {
             "tokens": [piece(entry.token_id) for entry in logprobs],

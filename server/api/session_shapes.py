@@ -52,4 +52,5 @@ def turn_shape(services: Services, turn: TurnRecord, *, token_ids: bool = False)
     if token_ids:
         document["token_ids"] = turn.token_ids
         document["prompt_token_ids"] = turn.prompt_token_ids
+        document["replaces_history"] = turn.replaces_history
     return document

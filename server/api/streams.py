@@ -14,7 +14,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 
 from model.engine.messages import TokenLogprob
-from server.api.answers import find_generation, finite
+from server.api.answers import find_generation, finite, usage
 from server.api.chat_answer import ChatAnswer
 from server.errors import InvalidRequest
 from server.events import Delta, Done, Failed, Paused, Progress, Started
@@ -174,11 +174,6 @@ def _done(generation: Generation, event: Done) -> dict[str, Any]:
 
 def usage_of(generation: Generation) -> dict[str, Any]:
     """Token counts in the words of the OpenAI wire, and the cached ones by tier."""
-    counts = generation.counts()
-    cached = counts["cached_tokens"]
-    return {
-        "prompt_tokens": counts["prompt_tokens"],
-        "completion_tokens": counts["completion_tokens"],
-        "total_tokens": counts["prompt_tokens"] + counts["completion_tokens"],
-        "prompt_tokens_details": {"cached_tokens": sum(cached.values()), **cached},
-    }
+    told = usage([generation], num_choices=1)
+    told["prompt_tokens_details"] |= generation.counts()["cached_tokens"]
+    return told

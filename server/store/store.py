@@ -69,6 +69,9 @@ class Store:
     async def create_session(
         self, record: SessionRecord, idempotency: IdempotencyRecord | None = None
     ) -> None:
+        """Its id becomes the target of `idempotency`."""
+        if idempotency is not None:
+            idempotency.target = record.id
         await self._write(operations.create_session, record, idempotency)
 
     async def session(self, owner: str, id: str) -> SessionRecord | None:
@@ -107,7 +110,9 @@ class Store:
     ) -> None:
         """Makes `session` with `turns`, parents first. `copied` are the ids of a turn and of its
         copy among them, which shares those blocks of it that are in the first `num_blocks` of the
-        sequence."""
+        sequence. The session's id becomes the target of `idempotency`."""
+        if idempotency is not None:
+            idempotency.target = session.id
         await self._write(operations.copy_path, turns, session, copied, num_blocks, idempotency)
 
     # ---------------------------------------------------------------------------------- turns

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 class Delta(NamedTuple):
     """Text that may be shown now, and how many tokens it completes: a token counts once its last
-    byte is shown (one without bytes, once everything before it is)."""
+    byte is shown (one without bytes, once everything before it is; one that ends in half a
+    character, with the token that ends it)."""
 
     text: str
     num_tokens: int
@@ -42,7 +43,7 @@ class Detokenizer:
     `token_bytes[id]` are a token's bytes, b"" for special tokens; ids beyond have none.
     `prompt_tail` is the end of the prompt, as bytes or ids: half a character there is completed by
     the output and no other part of it is ever shown. A stop string counts only if it is complete
-    when at least `min_tokens` tokens were fed; with `include_stop` it is shown.
+    when at least `min_tokens` tokens were fed.
     `stopped` is the stop string that was found. `released_ends` is where the tokens end that the
     deltas so far completed, `num_shown` where their text does, in characters from the start.
     Raises ValueError for an empty stop string.
@@ -53,7 +54,6 @@ class Detokenizer:
         token_bytes: Sequence[bytes],
         prompt_tail: bytes | Sequence[int] = b"",
         stop: Sequence[str] = (),
-        include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
         if "" in stop:
@@ -62,7 +62,6 @@ class Detokenizer:
         self.released_ends: list[int] = []
         self.num_shown = 0
         self._token_bytes = token_bytes
-        self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._automaton = _build(tuple(stop)) if stop else None
         self._state = 0
@@ -78,12 +77,6 @@ class Detokenizer:
         # and how many it and those before it complete.
         self._ends: deque[tuple[int, int]] = deque()
         self._finished = False
-
-    @property
-    def num_visible_tokens(self) -> int:
-        """The tokens that are wholly in the visible text: all that were fed, or after a stop string
-        those that end before it (with `include_stop`, before its end)."""
-        return self._num_released if self.stopped is not None else self._num_fed
 
     @property
     def num_held_tokens(self) -> int:
@@ -108,7 +101,15 @@ class Detokenizer:
         # Bytes that wait for the rest of their character become exactly one character, whether it
         # is completed or turns out to be broken.
         waiting = bool(self._decoder.getstate()[0])
-        self._ends.append((self._num_decoded + waiting, self._num_decoded))
+        needed = self._num_decoded + waiting
+        # A token that ends in half a character counts with the one that ends it: a stop string may
+        # cut that one off, and what is left is tokenised again from the character's start.
+        for i in range(len(self._ends) - 1, -1, -1):
+            before, completed = self._ends[i]
+            if before == completed:
+                break
+            self._ends[i] = (max(before, needed), completed)
+        self._ends.append((needed, self._num_decoded))
         return self._advance(text)
 
     def finish(self, *, half: bool = True) -> Delta:
@@ -152,7 +153,7 @@ class Detokenizer:
             stop = automaton.match[state]
             if stop and self._num_fed >= self._min_tokens:
                 self._finished, self.stopped, self._held = True, stop, ""
-                end = index + 1 if self._include_stop else index + 1 - len(stop)
+                end = index + 1 - len(stop)
                 return Delta(text[:end], self._release(self._num_decoded - len(text) + end))
         self._state = state
         cut = len(text) - automaton.hold[state]

@@ -22,16 +22,18 @@ from tests.e2e.listeners import (
     engine_changed,
     listen,
     mixed_asks,
+    new_session,
     wait_heard,
     wait_new_engine,
 )
 from tests.fixtures.server import Server, serving, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 NUM_STREAMS = 16
 POISON = 200  # in the tiny tokenizer a byte that no English text has
 LOADING = -1
+FURTHER = 8
 
 Show = Callable[[str], None]
 
@@ -57,17 +59,21 @@ def undisturbed(server: Server, max_tokens: int, **fields: object) -> list[Answe
     return got
 
 
-def instants(count: int, chooser: random.Random) -> list[int]:
-    """When to kill: after so many more tokens of each stream, or while the next engine loads.
+def instants(count: int, show: Show) -> list[int]:
+    """When to kill, at random: after so many more tokens of each stream (often before the first
+    one), or while the next engine loads.
 
-    An answer that does not get 8 tokens further between three deaths is taken for their cause, so
-    there are never three short lives of an engine in a row. In a long one each stream gets these 8
-    alone first, if need be. Dying while it loads is nobody's fault."""
-    made: list[int] = []
-    while len(made) < count:
-        made += [chooser.randint(17, 24), chooser.randint(0, 6), LOADING]
-        made += [chooser.randint(17, 24), chooser.randint(17, 24), chooser.randint(0, 6)]
-    return made[:count]
+    Three deaths in a row at which none got further are, rightly, laid to those who were there: such
+    a series is drawn again. A stream has got further for sure when it heard more than what was on
+    its way when the engine died."""
+    seed = random.randrange(1 << 32)
+    show(f"the instants of the kills are those of seed {seed}")
+    chooser = random.Random(seed)
+    while True:
+        made = [LOADING if chooser.random() < 0.25 else chooser.randrange(25) for _ in range(count)]
+        lived = [instant >= FURTHER for instant in made if instant != LOADING]
+        if all(any(lived[i : i + 3]) for i in range(len(lived) - 2)):
+            return made
 
 
 def kill_engines(server: Server, listeners: list[Listener], when: list[int]) -> list[float]:
@@ -130,11 +136,9 @@ def check_kills(
 def test_streams_survive_kill_9_of_the_engine(
     tiny_server: Server, tiny_model: Path, show: Show
 ) -> None:
-    chooser = random.Random(5)
-    when = [chooser.randint(0, 6), LOADING, LOADING, chooser.randint(17, 24)]
     expected = undisturbed(tiny_server, 300)
     with serving(str(tiny_model)) as server:
-        check_kills(server, expected, 300, when, show)
+        check_kills(server, expected, 300, instants(4, show), show)
 
 
 @pytest.mark.slow
@@ -142,7 +146,7 @@ def test_streams_survive_kill_9_of_the_engine(
 def test_streams_of_the_default_model_survive_20_kills(default_server: Server, show: Show) -> None:
     expected = undisturbed(default_server, 400)
     with serving("smollm2-135m") as server:
-        check_kills(server, expected, 400, instants(20, random.Random(6)), show)
+        check_kills(server, expected, 400, instants(20, show), show)
 
 
 def test_a_stopped_engine_is_replaced_and_its_streams_go_on(
@@ -179,37 +183,79 @@ def gone(process: psutil.Process) -> bool:
 
 
 def check_poison(
-    tiny_server: Server, tiny_model: Path, fault: str, env: dict[str, str], show: Show
-) -> None:
-    """Fifteen healthy streams, and one whose prompt kills each engine that computes it."""
+    tiny_server: Server,
+    tiny_model: Path,
+    fault: str,
+    poisons: Callable[[Server], list[Ask]],
+    show: Show,
+    env: dict[str, str] | None = None,
+) -> float:
+    """Healthy streams, and some whose prompts kill each engine that computes them. Returns how many
+    engines died."""
     never = {"logit_bias": {str(POISON): -100}}
     expected = undisturbed(tiny_server, 200, **never)
     expected.pop(3)
-    with serving(str(tiny_model), env={"HEADWATER_FAULT": f"{fault}:{POISON}", **env}) as server:
+    env = {"HEADWATER_FAULT": f"{fault}:{POISON}", **(env or {})}
+    with serving(str(tiny_model), env=env) as server:
         asks = mixed_asks(server, NUM_STREAMS, 200, **never)
         asks.pop(3)
         listeners = listen(server, asks)
         wait_heard(listeners, 10 * len(listeners))
-        (poison,) = listen(
-            server, [Ask("/v1/completions", {"prompt": [5, 6, POISON], "max_tokens": 50})]
-        )
+        wanted = poisons(server)
+        server.engine.suspend()  # until it has them all: it dies of the first one
+        poisoned = listen(server, wanted)
+        wait_until(lambda: all(each.status == 200 for each in poisoned), 10, "they are not taken")
+        server.engine.resume()
         started = time.monotonic()
         assert answers(listeners) == expected
-        assert answers([poison]) == [Answer(error="engine_crash")]
+        ends = [(answer.error, answer.finish_reason) for answer in answers(poisoned)]
+        assert ends == [("engine_crash", None)] * len(poisoned)
         took = time.monotonic() - started
-        assert server.metric("headwater_engine_restarts_total") == 3
+        deaths = server.metric("headwater_engine_restarts_total")
         assert server.process.poll() is None
         wait_until(server.ready, 10, "the server does not serve on")
         healthy = answers(listen(server, asks[1:2]))
         assert healthy == expected[1:2]
         server.wait_idle()
-        show(f"{fault}: one poison and {len(asks)} healthy streams, all ended after {took:.1f} s")
+        show(
+            f"{fault}: {len(poisoned)} poisoned and {len(asks)} healthy streams, all ended after "
+            f"{took:.1f} s"
+        )
+        return deaths
+
+
+def one(_: Server) -> list[Ask]:
+    return [Ask("/v1/completions", {"prompt": [5, 6, POISON], "max_tokens": 50})]
+
+
+def four_choices(_: Server) -> list[Ask]:
+    body = {"prompt": [5, 6, POISON], "max_tokens": 50, "n": 4, "temperature": 1, "seed": 1}
+    return [Ask("/v1/completions", body)]
+
+
+def four_turns(server: Server) -> list[Ask]:
+    """A turn whose first token is the poison: it is biased so, and the engine dies of the next."""
+    body = {"input": "Hi", "max_tokens": 50, "logit_bias": {str(POISON): 100}}
+    return [Ask(f"/v1/sessions/{new_session(server)}/turns", body) for _ in range(4)]
 
 
 def test_a_poison_ends_alone(tiny_server: Server, tiny_model: Path, show: Show) -> None:
-    check_poison(tiny_server, tiny_model, "die", {}, show)
+    assert check_poison(tiny_server, tiny_model, "die", one, show) == 3
+
+
+def test_four_poisoned_choices_end_alone(tiny_server: Server, tiny_model: Path, show: Show) -> None:
+    # When the first of them is given up, the others have nobody left who waits for them.
+    deaths = check_poison(tiny_server, tiny_model, "die", four_choices, show)
+    assert 3 <= deaths <= 6
+
+
+@pytest.mark.slow
+def test_four_poisoned_turns_end_alone(tiny_server: Server, tiny_model: Path, show: Show) -> None:
+    # Two deaths are of them all, and then each of them has one.
+    assert check_poison(tiny_server, tiny_model, "die", four_turns, show) == 6
 
 
 @pytest.mark.slow
 def test_a_poison_that_hangs_ends_alone(tiny_server: Server, tiny_model: Path, show: Show) -> None:
-    check_poison(tiny_server, tiny_model, "hang", {"HEADWATER_ENGINE_TIMEOUT": "2"}, show)
+    env = {"HEADWATER_ENGINE_TIMEOUT": "2"}
+    assert check_poison(tiny_server, tiny_model, "hang", one, show, env) == 3

@@ -60,13 +60,15 @@ class Crowd:
         if self.faults:
             raise self.faults[0]
 
-    def num_tokens(self) -> int:
-        """Of all sessions' paths."""
-        total = 0
+    def num_blocks(self) -> int:
+        """Full blocks of all sessions' paths; what forks have in common counts once."""
+        blocks: set[tuple[int, ...]] = set()
         with httpx.Client(base_url=self._server.url, timeout=60) as client:
             for session in self._sessions:
-                total += client.get(f"/v1/sessions/{session}/cache").json()["tokens"]
-        return total
+                found = client.get(f"/v1/sessions/{session}?include=token_ids").json()["turns"]
+                tokens = [id_ for t in found for id_ in t["prompt_token_ids"] + t["token_ids"]]
+                blocks |= {tuple(tokens[:end]) for end in range(16, len(tokens) + 1, 16)}
+        return len(blocks)
 
     def _work(self, chooser: random.Random) -> None:
         try:
@@ -205,25 +207,29 @@ def check_crowd(tiny_model: Path, num_turns: int) -> str:
         assert total > 0 and blocks("cached") == blocks("referenced") == 0
         crowd = Crowd(server, num_turns)
         started = time.monotonic()
-        crowd.run(num_sessions=4 * total * 16 // 240 + 1)
+        crowd.run(num_sessions=5 * total * 16 // 240 + 1)
         took = time.monotonic() - started
         server.wait_idle()
         assert blocks("free") + blocks("cached") == total
         assert crowd.num_checked > num_turns * 3 // 4
-        assert crowd.num_tokens() >= 4 * total * 16
+        num_blocks = crowd.num_blocks()
+        assert num_blocks >= 4 * total
         assert server.metric("headwater_evicted_blocks_total") > 4 * total
         assert server.metric("headwater_disk_hits_total") > 0
         assert server.metric("headwater_engine_restarts_total") == 0
         for what in ("cancel", "fork", "delete", "abort", "left turn"):
             assert crowd.told[what] > 0, what
         assert server.log.count("Traceback") == 0, server.log
-        return f"{num_turns} turns over {total} blocks in {took:.1f} s: {dict(crowd.told)}"
+        return (
+            f"{num_turns} turns and {num_blocks} different blocks over a pool of {total} in "
+            f"{took:.1f} s: {dict(crowd.told)}"
+        )
 
 
 def test_a_crowd_of_sessions_over_a_small_pool(
     tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = check_crowd(tiny_model, 200)
+    told = check_crowd(tiny_model, 240)
     with capsys.disabled():
         sys.stdout.write(f"\n    {told}")
 

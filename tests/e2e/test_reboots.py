@@ -310,7 +310,7 @@ def test_sigterm_lets_short_answers_end_and_long_ones_go_on_later(
     def asks(server: Server) -> list[Ask]:
         made = []
         for i in range(4):
-            long = {**body, "max_tokens": 380 if i < 2 else 30}
+            long = {**body, "max_tokens": 380 if i < 2 else 100}
             session = new_session(server)
             made.append(Ask(f"/v1/sessions/{session}/turns", {**long, "input": f"River {i}?"}))
             chat = {"messages": [{"role": "user", "content": f"Hill {i}?"}], "resumable": True}
@@ -319,11 +319,15 @@ def test_sigterm_lets_short_answers_end_and_long_ones_go_on_later(
 
     expected = answers(listen(tiny_server, asks(tiny_server)))
     with serving(str(tiny_model), env=env) as server:
-        listeners = listen(server, asks(server))
-        long, short = listeners[:4], listeners[4:]
-        wait_until(lambda: all(len(each.times) > 1 for each in listeners), 20, "they do not run")
+        wanted = asks(server)
         # The engine is stopped where the test must not be too late.
         engine = server.engine
+        engine.suspend()
+        listeners = listen(server, wanted)
+        long, short = listeners[:4], listeners[4:]
+        wait_until(lambda: all(e.status == 200 for e in listeners), 20, "they are not taken")
+        engine.resume()
+        wait_until(lambda: all(len(each.times) > 1 for each in listeners), 20, "they do not run")
         engine.suspend()
         assert all(each.answer.finish_reason is None for each in listeners), "too late"
         server.process.terminate()

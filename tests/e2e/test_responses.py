@@ -16,6 +16,14 @@ from tests.server.test_disk_cache import kill_all, wait_written
 
 Json = dict[str, Any]
 LONG = "The river runs to the sea, and nobody knows why it bends. " * 2
+TOOLS: list[Json] = [
+    {
+        "type": "function",
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    }
+]
 SAID: Json = {"instructions": "Answer in verse.", "max_output_tokens": 40, "ignore_eos": True}
 
 
@@ -53,22 +61,32 @@ def num_tokens(response: Json) -> int:
     return int(response["usage"]["total_tokens"])
 
 
-def test_branches_find_their_parent_on_the_disk(tiny_model: Path, tmp_path: Path) -> None:
+def test_three_branches_find_all_of_their_parent(model: Path, tmp_path: Path) -> None:
+    """With its instructions and tools; in memory, and on the disk after kill -9 of everything."""
     env = {"HEADWATER_DATA": str(tmp_path)}
-    with serving(str(tiny_model), env=env) as server:
-        first = post(server, input=LONG, seed=1, **SAID)
-        whole = num_tokens(first)
-        branch = post(server, input="Why?", previous_response_id=first["id"], seed=2, **SAID)
-        assert cached(branch) >= (whole - 1) // 16 * 16
-        wait_written(server, whole - 1)
+    said = {**SAID, "tools": TOOLS}
+
+    def branches(server: Server, first: Json) -> list[Json]:
+        full_blocks = (num_tokens(first) - 1) // 16 * 16
+        found = []
+        for seed, text in enumerate(("Why?", "Where?", "Who?")):
+            branch = post(server, input=text, previous_response_id=first["id"], seed=seed, **said)
+            assert full_blocks <= cached(branch) < branch["usage"]["input_tokens"]
+            found.append(branch)
+        return found
+
+    with serving(str(model), env=env) as server:
+        first = post(server, input=LONG, seed=1, **said)
+        plain = post(server, input=LONG, seed=1, **SAID)
+        assert num_tokens(first) > num_tokens(plain) + 64  # the tools are in the prompt
+        before = branches(server, first)
+        assert len({branch["output"][0]["content"][0]["text"] for branch in before}) == 3
+        wait_written(server, num_tokens(first) - 1)
         kill_all(server)
-    with serving(str(tiny_model), env=env) as server:
+    with serving(str(model), env=env) as server:
         assert get(server, first["id"]) == first
-        for text in ("Why?", "Where?", "Who?"):
-            again = post(server, input=text, previous_response_id=first["id"], seed=2, **SAID)
-            assert cached(again) >= (whole - 1) // 16 * 16
-            if text == "Why?":
-                assert again["output"][0]["content"] == branch["output"][0]["content"]
+        for branch, again in zip(before, branches(server, first), strict=True):
+            assert again["output"][0]["content"] == branch["output"][0]["content"]
         assert server.metric("headwater_prefix_hit_tokens_total", tier="disk") > 0
         kill_all(server)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tests.e2e.session_client import (
     text_of,
 )
 from tests.e2e.streams import Reader
-from tests.fixtures.server import serving, wait_until
+from tests.fixtures.server import Server, serving, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -49,7 +51,8 @@ def test_a_busy_session(client: httpx.Client) -> None:
     kept = session.last()
     assert (kept["id"], kept["status"], kept["finish_reason"]) == (head, "interrupted", "abort")
     assert 1 <= kept["num_tokens"] == len(kept["token_ids"]) < 3500
-    assert text_of(kept) == running.read_all().text or running.place > 0
+    assert text_of(kept) == running.read_all().text
+    assert kept["token_ids"] == running.token_ids
     assert session.get()["generating"] is None
     error(client.post(f"{session.url}/cancel"), 409, "invalid_value")
 
@@ -181,27 +184,54 @@ def test_overflow_is_an_error_or_drops_the_oldest(tiny_model: Path) -> None:
         error(loose.post("turns", input=long * 9), 400, "context_length_exceeded")
 
 
-def test_deleting_removes_the_kv_that_nobody_else_uses(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def empty_server(model: Path, data: Path) -> Iterator[Server]:
+    """A server that has not one block of KV before a test and after it; its `data`."""
+    with serving(str(model), env={"HEADWATER_DATA": str(data)}) as server:
+        yield server
+
+
+def kv_files(data: Path) -> int:
+    return len(list((data / "kv").glob("??/*.kv")))
+
+
+def full_blocks(session: Session) -> int:
+    """How many blocks its path fills; the last token is never computed."""
+    return (len(session.tokens()) - 1) // BLOCK
+
+
+def wait_on_disk(*sessions: Session) -> None:
+    for session in sessions:
+        size = full_blocks(session) * BLOCK
+        wait_until(partial(is_on_disk, session, size), 20, "the session is not on disk")
+
+
+def is_on_disk(session: Session, size: int) -> bool:
+    return bool(session.cache()["on_disk"] == size)
+
+
+def test_deleting_removes_the_kv_that_nobody_else_uses(empty_server: Server, data: Path) -> None:
     def files() -> int:
-        return len(list((tmp_path / "kv").glob("??/*.kv")))
+        return kv_files(data)
 
     def on_disk(session: Session) -> int:
         return int(session.cache()["on_disk"])
 
-    with (
-        serving(str(model), env={"HEADWATER_DATA": str(tmp_path)}) as server,
-        connected(server) as client,
-    ):
+    server = empty_server
+    with connected(server) as client:
         session = Session(client)
         session.turn("Tell me of rivers. " * 10, max_tokens=60, **SAMPLED)
         fork = session.fork()
         session.turn("And the sea, in many words.", max_tokens=90, **SAMPLED)
         ok(session.post("regenerate", max_tokens=90, temperature=1.0, ignore_eos=True))
         fork.turn("Something else.", max_tokens=50, **{**SAMPLED, "seed": 3})
-        full = (len(fork.tokens()) - 1) // BLOCK * BLOCK
-        wait_until(lambda: on_disk(fork) == full, 20, "the fork is not on disk")
-        size = (len(session.tokens()) - 1) // BLOCK * BLOCK
-        wait_until(lambda: on_disk(session) == size, 20, "the session is not on disk")
+        wait_on_disk(fork, session)
+        full = full_blocks(fork) * BLOCK
         generation = session.last()["generation"]
         assert files() > full // BLOCK
         session.delete()
@@ -224,6 +254,58 @@ def test_deleting_removes_the_kv_that_nobody_else_uses(model: Path, tmp_path: Pa
         assert fork.usage(fork.last())["prompt_tokens_details"]["cached_tokens"] == full
         fork.delete()
         wait_until(lambda: files() == 0, 10, "blocks stay")
+
+
+def test_deleting_keeps_what_forks_of_earlier_turns_have(empty_server: Server, data: Path) -> None:
+    """Forks at an earlier turn and inside an answer keep the KV up to there, nothing of what came
+    after it, and find their own."""
+
+    def cached() -> float:
+        return empty_server.metric("headwater_blocks", state="cached", tier="device")
+
+    with connected(empty_server) as client:
+        parent = Session(client)
+        first = parent.turn("Tell me of rivers. " * 8, max_tokens=50, **SAMPLED)
+        second = parent.turn("And of the sea.", max_tokens=90, **SAMPLED)
+        parent.turn("And of the rain.", max_tokens=70, **SAMPLED)
+        ok(parent.post("regenerate", max_tokens=60, temperature=1.0, ignore_eos=True))
+        wait_on_disk(parent)
+        plain = parent.fork(at=first["id"])  # neither of them has computed anything
+        cut = parent.fork(at=second["id"], token=40)
+        written = parent.fork(at=first["id"])
+        written.turn("Something else.", max_tokens=40, **SAMPLED)
+        wait_on_disk(written)
+        # The cut one's path has the plain one's blocks at its beginning, the written one's too.
+        shared = common_blocks(cut.tokens(), written.tokens())
+        kept = full_blocks(cut) + full_blocks(written) - shared
+        assert full_blocks(plain) <= shared < full_blocks(cut) < full_blocks(parent)
+        before = kv_files(data)
+        empty_server.wait_idle()
+        assert before == cached() > kept
+        parent.delete()
+        wait_until(lambda: kv_files(data) == kept, 10, "later turns' blocks stay on disk")
+        wait_until(lambda: cached() == kept, 10, "later turns' blocks stay in memory")
+        for fork in (plain, cut, written):
+            assert fork.cache()["tiers"]["device"] == full_blocks(fork) * BLOCK
+        found = {}
+        for fork in (plain, cut, written):
+            path = full_blocks(fork) * BLOCK
+            turn = fork.turn("Still there?", max_tokens=4, **SAMPLED)
+            found[fork.id] = fork.usage(turn)["prompt_tokens_details"]["cached_tokens"] - path
+        # The first block of a turn that is appended may be another one's.
+        assert set(found.values()) <= {0, BLOCK}
+        for fork in (plain, cut, written):
+            fork.delete()
+        wait_until(lambda: kv_files(data) == cached() == 0, 10, "blocks stay")
+
+
+def common_blocks(one: list[int], other: list[int]) -> int:
+    """How many full blocks two sequences begin with in common."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+    return min(same, len(one) - 1, len(other) - 1) // BLOCK
 
 
 def test_searching_and_paging(client: httpx.Client) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,24 @@ from tests.fixtures.server import Server, serving, wait_until
 
 pytestmark = pytest.mark.e2e
 
-KEYS = {"alice": make_key(), "bob": make_key()}
+# Each test has owners of its own, so that they can share a server.
+KEYS = {name: make_key() for name in ("alice", "bob", "carol", "dan", "erin", "frank", "grace")}
+LIMIT = {"grace": 3}
 PROMPT = "The river bends because the water is faster on the outside of the curve. " * 3
 BODY = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
-@pytest.fixture
-def server(tiny_model: Path, tmp_path: Path) -> Iterator[Server]:
-    keys = tmp_path / "keys"
-    keys.write_text("\n".join(key_line(name, key) for name, key in KEYS.items()))
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, data: Path) -> Iterator[Server]:
+    keys = data / "keys"
+    keys.write_text("\n".join(key_line(name, key, LIMIT.get(name)) for name, key in KEYS.items()))
     keys.chmod(0o600)
-    env = {"HEADWATER_DATA": str(tmp_path / "data")}
+    env = {"HEADWATER_DATA": str(data)}
     with serving(str(tiny_model), "--api-keys-file", str(keys), env=env) as server:
         server.headers = bearer("alice")
         yield server
@@ -80,12 +91,22 @@ def full_blocks(num_tokens: int) -> int:
     return (num_tokens - 1) // 16 * 16
 
 
-def test_the_same_prompt_of_two_owners_shares_no_block(server: Server, tmp_path: Path) -> None:
-    def cached_blocks() -> float:
+def test_the_same_prompt_of_two_owners_shares_no_block(server: Server, data: Path) -> None:
+    def cached() -> float:
         return server.metric("headwater_blocks", state="cached", tier="device")
 
+    def all_files() -> set[str]:
+        return {file.name for file in (data / "kv").glob("??/*.kv")}
+
+    server.wait_idle()
+    wait_until(lambda: len(all_files()) == cached(), 20, "what others computed is not written")
+    of_others, files_of_others = cached(), all_files()
+
+    def cached_blocks() -> float:
+        return cached() - of_others
+
     def files() -> set[str]:
-        return {file.name for file in (tmp_path / "data" / "kv").glob("??/*.kv")}
+        return all_files() - files_of_others
 
     def written(count: float) -> set[str]:
         wait_until(lambda: len(files()) == count, 20, "the blocks are not written")
@@ -175,32 +196,32 @@ def assert_not_found(response: httpx.Response) -> str:
 
 
 def test_all_routes_answer_404_to_the_ids_of_others(server: Server) -> None:
-    with client(server, "alice") as alice, client(server, "bob") as bob:
-        assert routes_with_ids(alice) == BODIES.keys(), "a route is not tried here"
-        ids, own = new_session(alice), new_session(bob, "Mine.")
-        running = new_running(alice)
+    with client(server, "carol") as carol, client(server, "dan") as dan:
+        assert routes_with_ids(carol) == BODIES.keys(), "a route is not tried here"
+        ids, own = new_session(carol), new_session(dan, "Mine.")
+        running = new_running(carol)
         server.engine.suspend()  # so that it still runs when it is asked for
         nothing = {
             "session": "sess_" + "0" * 32,
             "generation": "gen_" + "0" * 32,
             "turn": "turn_" + "0" * 32,
         }
-        before = alice.get(f"/v1/sessions/{ids['session']}/export").json()
+        before = carol.get(f"/v1/sessions/{ids['session']}/export").json()
         for (method, path), bodies in BODIES.items():
             for body in bodies:
-                told = assert_not_found(send(bob, method, path, body, ids))
+                told = assert_not_found(send(dan, method, path, body, ids))
                 # The same words as for what there is not.
-                unknown = assert_not_found(send(bob, method, path, body, nothing))
+                unknown = assert_not_found(send(dan, method, path, body, nothing))
                 for name in ("session", "generation"):
                     told = told.replace(ids[name], nothing[name])
                 assert told == unknown
-                assert_not_found(send(bob, method, path, body, running))
-        assert alice.get(f"/v1/sessions/{ids['session']}/export").json() == before
-        assert alice.get(f"/v1/sessions/{running['session']}").json()["generating"] is not None
-        listed = bob.get("/v1/sessions").json()["data"]
+                assert_not_found(send(dan, method, path, body, running))
+        assert carol.get(f"/v1/sessions/{ids['session']}/export").json() == before
+        assert carol.get(f"/v1/sessions/{running['session']}").json()["generating"] is not None
+        listed = dan.get("/v1/sessions").json()["data"]
         assert [session["id"] for session in listed] == [own["session"]]
-        assert bob.get("/v1/sessions?q=river").json()["data"] == []
-        assert_invalid_or_not_found(bob.get(f"/v1/sessions?after={ids['session']}"))
+        assert dan.get("/v1/sessions?q=river").json()["data"] == []
+        assert_invalid_or_not_found(dan.get(f"/v1/sessions?after={ids['session']}"))
         # The ids of her turns are nothing in his own session either.
         for method, path, body in (
             ("PATCH", "", {"head": ids["turn"]}),
@@ -208,15 +229,15 @@ def test_all_routes_answer_404_to_the_ids_of_others(server: Server) -> None:
             ("POST", "/regenerate", {"turn": ids["turn"], **BODY}),
             ("POST", "/fork", {"at": ids["turn"]}),
         ):
-            assert_not_found(bob.request(method, f"/v1/sessions/{own['session']}{path}", json=body))
+            assert_not_found(dan.request(method, f"/v1/sessions/{own['session']}{path}", json=body))
         # And all of it works for her: it was not a 404 for another reason.
         cancel = ("POST", "/v1/sessions/{id}/cancel")
-        assert send(alice, *cancel, {}, running).json()["id"] == running["generation"]
+        assert send(carol, *cancel, {}, running).json()["id"] == running["generation"]
         server.engine.resume()
         wait_until(server.ready, 10, "the engine does not go on")
         for (method, path), bodies in BODIES.items():
             for body in bodies if (method, path) != cancel else []:
-                answer = send(alice, method, path, body, ids)
+                answer = send(carol, method, path, body, ids)
                 assert answer.status_code in (200, 204), f"{method} {path}: {answer.text}"
 
 
@@ -236,9 +257,74 @@ def new_running(owner: httpx.Client) -> dict[str, Any]:
 
 def test_an_idempotency_key_is_its_owners(server: Server) -> None:
     key = {"idempotency-key": "the same"}
-    with client(server, "alice") as alice, client(server, "bob") as bob:
-        made = [owner.post("/v1/sessions", json={}, headers=key).json() for owner in (alice, bob)]
+    with client(server, "erin") as erin, client(server, "frank") as frank:
+        made = [owner.post("/v1/sessions", json={}, headers=key).json() for owner in (erin, frank)]
         assert made[0]["id"] != made[1]["id"]
-        again = alice.post("/v1/sessions", json={}, headers=key).json()
+        again = erin.post("/v1/sessions", json={}, headers=key).json()
         assert again["id"] == made[0]["id"]
-        assert_not_found(bob.get(f"/v1/sessions/{made[0]['id']}"))
+        assert_not_found(frank.get(f"/v1/sessions/{made[0]['id']}"))
+
+
+# ---------------------------------------------------------------------------------- the limit
+
+
+def test_turns_beyond_the_limit_of_an_owner_leave_nothing(server: Server, data: Path) -> None:
+    """Of eight turns at once three run; the others are refused, and can be sent again."""
+    count, limit = 8, LIMIT["grace"]
+    with client(server, "grace") as grace:
+        sessions = [grace.post("/v1/sessions", json={}).json()["id"] for _ in range(count)]
+        before = [grace.get(f"/v1/sessions/{session}").json() for session in sessions]
+        barrier = threading.Barrier(count)
+
+        def ask(i: int) -> httpx.Response:
+            barrier.wait(30)
+            return grace.post(
+                f"/v1/sessions/{sessions[i]}/turns",
+                json={**BODY, "input": f"{i}?"},
+                headers={"idempotency-key": f"turn {i}"},
+            )
+
+        server.engine.suspend()  # so that none ends before all were sent
+        with ThreadPoolExecutor(count) as pool:
+            sent = [pool.submit(ask, i) for i in range(count)]
+            wait_until(
+                lambda: sum(each.done() for each in sent) == count - limit,
+                10,
+                "too few are refused",
+            )
+            refused = [i for i, each in enumerate(sent) if each.done()]
+            for i in refused:
+                answer = sent[i].result()
+                assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limited")
+                assert int(answer.headers["retry-after"]) >= 1
+                assert grace.get(f"/v1/sessions/{sessions[i]}").json() == before[i]
+                assert grace.get(f"/v1/sessions/{sessions[i]}/tree").json()["turns"] == []
+            # One more of the same owner is refused wherever it is asked for.
+            for path, body in (
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+                (f"/v1/sessions/{sessions[refused[0]]}/turns", {"input": "Hi"}),
+                ("/v1/responses", {"input": "Hi", "background": True}),
+            ):
+                assert grace.post(path, json=body).status_code == 429, path
+            for table, column, names, num_rows in (
+                ("session", "owner", ["grace"], count),
+                ("turn", "session", sessions, 2 * limit),
+                ("generation", "owner", ["grace"], limit),
+            ):
+                assert rows(data, table, column, names) == num_rows, table
+            server.engine.resume()
+            answers = [each.result(30) for each in sent]
+        assert [answer.status_code for answer in answers].count(200) == limit
+        for i in refused:  # the key was not used up
+            barrier = threading.Barrier(1)
+            assert ask(i).json()["status"] == "complete"
+        for session in sessions:
+            assert len(grace.get(f"/v1/sessions/{session}/tree").json()["turns"]) == 2
+
+
+def rows(data: Path, table: str, column: str, values: list[str]) -> int:
+    """How many in the store have one of these values."""
+    with contextlib.closing(sqlite3.connect(data / "headwater.db")) as store:
+        marks = ",".join("?" * len(values))
+        query = f"SELECT count(*) FROM {table} WHERE {column} IN ({marks})"
+        return int(store.execute(query, values).fetchone()[0])

@@ -17,6 +17,8 @@ import pytest
 
 from tests.fixtures.server import Server, serving, wait_until
 
+pytestmark = pytest.mark.alone
+
 CONCURRENCY = 32
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import xxhash
 
 from tests.fixtures.server import Server, headwater, serving, wait_until
 
@@ -98,6 +100,112 @@ def test_what_a_server_that_ends_has_computed_is_on_disk(tiny_model: Path, tmp_p
     with serving(str(tiny_model), env=env) as server:
         assert ask(server) == (text, num_tokens, (num_tokens - 1) // 16 * 16)
     assert not list((tmp_path / "kv").rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------ spoilt files
+
+NUM_SPOILT = 1000
+NUM_PROMPTS = 1024  # the others' files stay good
+PROMPTS_A_REQUEST = 64
+LINK = "link"
+DIGEST_BYTES, ROOT = 16, slice(32, 64)  # of a file, see model/engine/block_file.py
+
+
+def spoil(path: Path, other: bytes, kind: str, chooser: random.Random) -> None:
+    """Make another file of it. `other` is a good one, of another block."""
+    data = bytearray(path.read_bytes())
+    if kind == "bit":
+        data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
+    elif kind == "bits of the payload":
+        for place in chooser.sample(range(len(data) // 2, len(data) - DIGEST_BYTES), 200):
+            data[place] ^= 1 << chooser.randrange(8)
+    elif kind == "truncated":
+        del data[chooser.randrange(1, len(data)) :]
+    elif kind == "empty":
+        data.clear()
+    elif kind == "longer":
+        data += chooser.randbytes(chooser.randrange(1, 5000))
+    elif kind == "random":
+        data = bytearray(chooser.randbytes(len(data)))
+    elif kind == "another block":
+        data = bytearray(other)
+    elif kind == "another model":  # whole in itself, and its keys and values are other ones
+        data[ROOT] = chooser.randbytes(32)
+        for place in chooser.sample(range(len(data) // 2, len(data) - DIGEST_BYTES), 200):
+            data[place] ^= 1 << chooser.randrange(8)
+        data[-DIGEST_BYTES:] = xxhash.xxh3_128(data[:-DIGEST_BYTES]).digest()
+    else:
+        assert kind == LINK  # to the very bytes that belong there
+        target = path.with_suffix(".elsewhere")
+        target.write_bytes(data)
+        path.unlink()
+        path.symlink_to(target)
+        return
+    path.write_bytes(data)
+
+
+KINDS = [
+    "bit", "bits of the payload", "truncated", "empty", "longer", "random", "another block",
+    "another model", LINK,
+]  # fmt: skip
+
+
+def test_a_thousand_spoilt_files_make_no_wrong_token(tiny_model: Path, tmp_path: Path) -> None:
+    """A thousand prompts, whose KV was one file each, are answered as before, to the last bit of
+    the log-probabilities."""
+    chooser = random.Random(8)
+    # One full block, and a token that is always computed.
+    prompts = [[chooser.randrange(3, 512) for _ in range(17)] for _ in range(NUM_PROMPTS)]
+    env = {"HEADWATER_DATA": str(tmp_path)}
+
+    def ask_all(server: Server) -> tuple[list[Any], int]:
+        """All answers, and how many tokens of their prompts were found."""
+        choices, num_cached = [], 0
+        for start in range(0, NUM_PROMPTS, PROMPTS_A_REQUEST):
+            body = {"prompt": prompts[start : start + PROMPTS_A_REQUEST], "max_tokens": 4}
+            sent = httpx.post(
+                f"{server.url}/v1/completions",
+                json={**body, "temperature": 0, "logprobs": 1, "ignore_eos": True},
+                timeout=60,
+            )
+            assert sent.status_code == 200, sent.text
+            answer = sent.json()
+            choices += answer["choices"]
+            num_cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return choices, num_cached
+
+    with serving(str(tiny_model), env=env) as server:
+        first, num_cached = ask_all(server)
+        assert (len(first), num_cached) == (NUM_PROMPTS, 0)
+        assert all(len(choice["logprobs"]["tokens"]) == 4 for choice in first)
+    found = files(tmp_path)
+    assert len(found) == NUM_PROMPTS
+    chooser.shuffle(found)
+    other = found[-1].read_bytes()  # of a block that stays good
+    spoilt = [(path, KINDS[i % len(KINDS)]) for i, path in enumerate(found[:NUM_SPOILT])]
+    for path, kind in spoilt:
+        if kind != LINK:
+            spoil(path, other, kind, chooser)
+    with serving(str(tiny_model), env=env) as server:
+        engine = server.engine.pid
+        for path, kind in spoilt:
+            if kind == LINK:  # what is no file when the engine starts is not taken for one
+                spoil(path, other, kind, chooser)
+        again, num_cached = ask_all(server)
+        assert again == first
+        # What was not spoilt was found, so the others could have been.
+        assert num_cached == 16 * (NUM_PROMPTS - NUM_SPOILT)
+        assert disk(server, "hits_total") == NUM_PROMPTS - NUM_SPOILT
+        assert disk(server, "corrupt_total") == NUM_SPOILT
+        assert disk(server, "errors_total") == 0
+        assert server.engine.pid == engine
+        assert server.metric("headwater_engine_restarts_total") == 0
+        assert "Traceback" not in server.log
+        # All of them are written again, in the places of what was removed.
+        wait_until(lambda: disk(server, "written_total") == NUM_SPOILT, 20, "they are not written")
+    with serving(str(tiny_model), env=env) as server:
+        assert ask_all(server) == (first, 16 * NUM_PROMPTS)
+        assert disk(server, "corrupt_total") == 0
 
 
 def test_off_is_off(tiny_model: Path, tmp_path: Path) -> None:

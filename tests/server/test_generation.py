@@ -212,6 +212,36 @@ def test_a_reader_may_start_anywhere(
 # ------------------------------------------------------------------------------- examples
 
 
+@pytest.mark.parametrize("ends", [0, 1], ids=["at its length", "with an end token"])
+def test_a_reader_beyond_the_end_is_not_sent_back(tokenizer: Tokenizer, ends: int) -> None:
+    ids = [*bytes_of(tokenizer, "abc"), *[END] * ends]
+    reason = "stop" if ends else "length"
+    last = len(ids)  # the place of `done` is one more
+
+    async def watch(after: int) -> list[Event]:
+        """What comes to one that reads from before the first token to the end."""
+        generation = make(tokenizer)
+        seen: list[Event] = []
+        rest = list(ids)
+        generation.feed(output(prefill=(1, 2)))
+        async for batch in read([generation], after):
+            seen += [event for _, event in batch]
+            while not generation.ended:
+                token_id = rest.pop(0)
+                generation.feed(output(token_id, finish_reason=None if rest else reason))
+        return [event for event in seen if not isinstance(event, Progress)]
+
+    for after in (last + 1, last + 2, 1000):
+        assert asyncio.run(watch(after)) == []
+        assert events(ended(make(tokenizer), ids, reason), after) == []
+    assert asyncio.run(watch(last)) == [Done("stop" if ends else "length")]
+    assert events(ended(make(tokenizer), ids, reason), last) == [Done("stop" if ends else "length")]
+    # An error has no place, and is told to everybody.
+    broken = make(tokenizer)
+    broken.close(Failed(ServerError("no")))
+    assert [type(event) for event in events(broken, 1000)] == [Failed]
+
+
 def test_half_a_character_waits_and_belongs_to_its_last_byte(tokenizer: Tokenizer) -> None:
     generation = make(tokenizer)
     first, *middle, last = bytes_of(tokenizer, "😀")

@@ -17,6 +17,7 @@ from server.events import Done
 from server.generation import Generation
 from server.idempotency import Idempotency, Once
 from server.owners import Owner
+from server.store.errors import StoreConflict
 from server.store.records import SessionRecord
 from server.store.store import Store
 from server.text.tokenizer import Tokenizer
@@ -171,13 +172,44 @@ def test_a_request_that_was_left_leaves_its_key_free(store: Store) -> None:
     run(work)
 
 
-def test_keys_are_forgotten_after_their_time(store: Store) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_expired_key_stands_for_nothing(store: Store, restarted: bool) -> None:
+    """Also while the store still has it: nobody has cleaned up there."""
+    body = b'{"title": "x"}'
+
     async def work() -> None:
         works = Works(store, retention=1e-9)
         assert await works(request("k")) == "sess_1"
-        # A store that still has the row says no to a second one with the same key.
-        await store.expire(2**40, 0)
-        assert await works(request("k", b'{"title": "x"}')) == "sess_2"
+        stored = await store.idempotent("ann", "k")
+        assert stored is not None and stored.target == "sess_1"
+        if restarted:
+            works.keys = Idempotency(store, 1e-9)
+        assert await works(request("k", body)) == "sess_2"
+        stored = await store.idempotent("ann", "k")
+        assert stored is not None and stored.target == "sess_2"
+        # And now it stands for that, in this process and in the next.
+        lasting = Works(store)
+        assert await lasting(request("k", body)) == "sess_2"
+        with pytest.raises(IdempotencyConflict):
+            await lasting(request("k"))
+        assert lasting.count == 0
+
+    run(work)
+
+
+def test_a_key_that_has_not_expired_is_not_replaced(store: Store) -> None:
+    """The store itself says no, should a request get past the look-up."""
+
+    async def work() -> None:
+        works = Works(store)
+        await works(request("k"))
+        async with Idempotency(store, 3600.0).once(request("other"), ANN) as once:
+            assert once.record is not None
+            once.record.key = "k"
+            record = SessionRecord(id="sess_9", owner="ann", created_at=1.0, updated_at=1.0)
+            with pytest.raises(StoreConflict):
+                await store.create_session(record, once.record)
+        assert await store.session("ann", "sess_9") is None
 
     run(work)
 

@@ -65,6 +65,16 @@ def test_examples_are_valid_bodies(document: Json) -> None:
             validate(document, content["schema"], content["example"], path)
 
 
+def closed(schema: Any) -> Any:
+    """The same, where an object that is described has no other fields."""
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {name: closed(each) for name, each in schema.items()}
+    return {"additionalProperties": False, **inner} if "properties" in inner else inner
+
+
 def validate(document: Json, schema: Json, value: Any, what: str) -> None:
     whole = {**schema, "components": document["components"]}
     errors = list(jsonschema.Draft202012Validator(whole).iter_errors(value))
@@ -72,11 +82,13 @@ def validate(document: Json, schema: Json, value: Any, what: str) -> None:
 
 
 class Asker:
-    """Asks, and holds each answer against the document."""
+    """Asks, and holds each answer against the document: all that is described is there, and nothing
+    else."""
 
     def __init__(self, http: httpx.Client, document: Json) -> None:
         self._http = http
-        self._document = document
+        schemas = closed(document["components"]["schemas"])
+        self._document = {**document, "components": {"schemas": schemas}}
         self.seen: set[str] = set()
 
     def __call__(self, method: str, template: str, body: Json | None = None, **parts: str) -> Json:
@@ -106,6 +118,7 @@ def test_answers_are_as_described(document: Json, tiny_server: Server) -> None:
             {"prompt": "Hello", "max_tokens": 4, "logprobs": 2, "echo": True},
         )
 
+        ask_for_calls(ask)
         conversation = ask("post", "/v1/conversations", {"items": messages})["id"]
         asked: Json = {
             "input": "Hello",
@@ -157,14 +170,65 @@ def test_answers_are_as_described(document: Json, tiny_server: Server) -> None:
         ask("get", "/v1/models/{model_id}", model_id=model)
         tokens = ask("post", "/tokenize", {"text": "Hello"})["tokens"]
         ask("post", "/detokenize", {"tokens": tokens})
+        said = {"text": "Hello"}
+        ask("post", "/v1/inspect/tokens", said)
+        ask("post", "/v1/inspect/forward", {**said, "top_k": 3, "layers": "all"})
+        ask("post", "/v1/inspect/attention", {**said, "layer": 0, "head": "all"})
+        ask("post", "/v1/inspect/kv-cache", {**said, "max_tokens": 3})
+        ask("get", "/v1/inspect/model")
         for path in ("/health", "/ready", "/version"):
             ask("get", path)
+
+        ask("get", "/v1/inspect/model")
+        text = {"text": "Sarah fed the cat"}
+        ask("post", "/v1/inspect/tokens", text)
+        ask("post", "/v1/inspect/forward", {**text, "layers": "all"})
+        ask("post", "/v1/inspect/attention", {**text, "layer": 0})
+        ask("post", "/v1/inspect/attention", text)
+        ask("post", "/v1/inspect/kv-cache", {**text, "max_tokens": 4})
     names = {operation["operationId"] for _, _, operation in operations(document)}
     # What is no JSON, and what needs an answer that runs or was cut at the right moment.
     assert names - ask.seen <= {
-        *("metrics", "read_stream", "delete_session"),
+        *("metrics", "read_stream", "delete_session", "login", "logout"),
         *("cancel_turn", "continue_turn"),
     }
+
+
+def test_a_field_that_is_not_described_is_found(document: Json, tiny_server: Server) -> None:
+    lacking = json.loads(json.dumps(document))
+    del lacking["components"]["schemas"]["Model"]["properties"]["fingerprint"]
+    with httpx.Client(base_url=tiny_server.url, timeout=60) as http:
+        Asker(http, document)("get", "/v1/models")
+        with pytest.raises(AssertionError, match="fingerprint"):
+            Asker(http, lacking)("get", "/v1/models")
+
+
+def ask_for_calls(ask: Asker) -> None:
+    """The answers that are calls, of all wires, and a call in a conversation."""
+    schema = {"type": "object", "properties": {"at": {"enum": ["a", "b"]}}, "required": ["at"]}
+    function = {"name": "f", "parameters": schema}
+    question = [{"role": "user", "content": "So?"}]
+    chat = {"messages": question, "parallel_tool_calls": False, "tool_choice": "required"}
+    tools = [{"type": "function", "function": function}]
+    called = ask("post", "/v1/chat/completions", {**chat, "tools": tools, "logprobs": True})
+    assert called["choices"][0]["message"]["tool_calls"]
+    response = {"input": "So?", "parallel_tool_calls": False, "tool_choice": "required"}
+    called = ask("post", "/v1/responses", {**response, "tools": [{"type": "function", **function}]})
+    assert called["output"][0]["type"] == "function_call"
+    message = {
+        "messages": question,
+        "max_tokens": 100,
+        "tool_choice": {"type": "tool", "name": "f"},
+    }
+    tools = [{"name": "f", "input_schema": schema}]
+    called = ask("post", "/v1/messages", {**message, "tools": tools})
+    assert called["content"][0]["type"] == "tool_use"
+    items = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "Yes"},
+    ]
+    id = ask("post", "/v1/conversations", {"items": items})["id"]
+    ask("get", "/v1/conversations/{id}/items", id=id)
 
 
 def test_the_page_is_whole(tiny_server: Server) -> None:

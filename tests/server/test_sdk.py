@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import warnings
 from collections.abc import Iterator
 
 import openai
@@ -269,3 +270,35 @@ def test_errors_are_the_sdks_own_classes(client: OpenAI) -> None:
         )
     assert caught.value.code == "unsupported_parameter"
     assert caught.value.param == "functions"
+
+
+def test_langchain_says_what_the_sdk_says(tiny_server: Server, client: OpenAI) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports warn
+        from langchain_openai import ChatOpenAI
+        from pydantic import SecretStr
+
+        model = ChatOpenAI(
+            model="any",
+            base_url=f"{tiny_server.url}/v1",
+            api_key=SecretStr("any"),
+            temperature=1.0,
+            seed=7,
+            max_retries=0,
+            max_completion_tokens=24,
+            stream_usage=True,
+        )
+        asked = [("system", "You answer briefly."), ("user", "Why do rivers bend?")]
+        whole = model.invoke(asked)
+        chunks = list(model.stream(asked))
+        both = model.batch([asked, asked])
+    told = client.chat.completions.create(
+        model="any", messages=MESSAGES, max_tokens=24, seed=7, temperature=1.0
+    )
+    assert told.usage is not None and whole.usage_metadata is not None
+    assert whole.content == told.choices[0].message.content
+    assert "".join(str(chunk.content) for chunk in chunks) == whole.content
+    assert [answer.content for answer in both] == [whole.content] * 2
+    assert whole.usage_metadata["output_tokens"] == told.usage.completion_tokens
+    counted = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
+    assert [count["total_tokens"] for count in counted] == [told.usage.total_tokens]

@@ -18,6 +18,8 @@ import pytest
 
 from tests.fixtures.server import Server, serving, wait_until
 
+pytestmark = pytest.mark.alone
+
 BODY = {
     "messages": [{"role": "user", "content": "Tell me of rivers."}],
     "max_tokens": 450,

@@ -11,11 +11,21 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from model.engine.request import Grammar
 from server.errors import InvalidRequest
 from server.responses import validation_error
 from server.store.records import SessionRecord, TurnRecord
+from server.text.appended_text import message_of
 from server.text.tokenizer import Tokenizer
-from server.transcript import MAX_TURNS, Transcript, exported, imported, markdown
+from server.transcript import (
+    MAX_GRAMMARS,
+    MAX_TURNS,
+    Transcript,
+    exported,
+    grammars,
+    imported,
+    markdown,
+)
 from tests.fixtures.tiny_tokenizer import write_tokenizer
 
 MINE = "this tokenizer and template"
@@ -123,6 +133,83 @@ def test_out_and_in_again(document: dict[str, Any], tokenizer: Tokenizer) -> Non
         "stop": ["x"],
     }
     assert turns[3].notes == {"dropped": 2, "stop": []}
+
+
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+}
+
+
+def with_tools(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with a call of a tool and what the tool said, and an answer with a grammar."""
+    _, call, answer, said, _ = document["turns"]
+    call["notes"] = {"message": {"tool_calls": [CALL]}}
+    said |= {"role": "tool", "notes": {"message": {"tool_call_id": "call_1", "name": "weather"}}}
+    answer["notes"]["params"]["grammar"] = {"kind": "regex", "text": "[a-c]+"}
+    return document
+
+
+def test_tools_and_grammars_come_back(document: dict[str, Any], tokenizer: Tokenizer) -> None:
+    document = with_tools(document)
+    record, turns = bring_in(document, tokenizer)
+    assert message_of(turns[1]) == {
+        "role": "assistant",
+        "content": "They do.",
+        "tool_calls": [CALL],
+    }
+    assert message_of(turns[3]) == {
+        "role": "tool",
+        "content": "And?",
+        "tool_call_id": "call_1",
+        "name": "weather",
+    }
+    assert turns[2].notes["params"]["grammar"] == {"kind": "regex", "text": "[a-c]+"}
+    transcript = Transcript.model_validate(document)
+    assert grammars(transcript) == [Grammar("regex", "[a-c]+")]
+    out = json.loads(json.dumps(exported(record, turns)))
+    for before, after in zip(document["turns"], out["turns"], strict=True):
+        for name in ("message", "params"):
+            assert after["notes"].get(name) == before["notes"].get(name)
+
+
+def test_an_answer_that_was_given_stands_within_the_templates_tokens(
+    document: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    given = document["turns"][1]
+    header, end = tokenizer.encode("<|im_start|>assistant\n"), tokenizer.encode("<|im_end|>\n")
+    given |= {"finish_reason": None, "token_ids": [*header, *given["token_ids"], *end]}
+    assert bring_in(document, tokenizer)[1][1].token_ids == given["token_ids"]
+    for drawn in ({"finish_reason": "stop"}, {"status": "interrupted"}):
+        with pytest.raises(InvalidRequest, match="do not spell"):
+            bring_in(document | {"turns": [document["turns"][0], given | drawn]}, tokenizer)
+    given["content"] = [{"type": "text", "text": "They do not."}]
+    with pytest.raises(InvalidRequest, match="do not spell"):
+        bring_in(document, tokenizer)
+
+
+def test_each_different_grammar_is_tried_and_not_too_many(
+    document: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    answer = document["turns"][2]
+
+    def drawn_with(count: int) -> Transcript:
+        """A document with so many different grammars, each of them twice."""
+        turns = []
+        for i in range(2 * count):
+            turn = copy.deepcopy(answer) | {"id": f"turn_{i}", "parent": None}
+            turn["notes"]["params"]["grammar"] = {"kind": "regex", "text": f"a{i // 2}"}
+            turns.append(turn)
+        session = document["session"] | {"head": None}
+        return Transcript.model_validate(document | {"turns": turns, "session": session})
+
+    found = grammars(drawn_with(MAX_GRAMMARS))
+    assert {grammar.text for grammar in found} == {f"a{i}" for i in range(MAX_GRAMMARS)}
+    assert len(found) == MAX_GRAMMARS
+    with pytest.raises(InvalidRequest, match=f"{MAX_GRAMMARS + 1} different grammars") as caught:
+        grammars(drawn_with(MAX_GRAMMARS + 1))
+    assert caught.value.param == "turns"
 
 
 def test_an_export_of_an_import_is_the_same(document: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -239,6 +326,16 @@ def test_what_does_not_hang_together_is_refused(
         change("turns.2.notes.params.seed", 2**64 + 2**63),
         change("turns.2.notes.params.prompt_index", 1),
         change("turns.2.notes.params.prompt_logprobs", True),
+        change("turns.2.notes.params.grammar", "a+"),
+        change("turns.2.notes.params.grammar", {"kind": "perl", "text": "a+"}),
+        change("turns.2.notes.params.grammar", {"kind": "regex", "text": "x" * 65537}),
+        change("turns.1.notes.message", [CALL]),
+        change("turns.1.notes.message", {"role": "system"}),
+        change("turns.1.notes.message", {"content": "Something else."}),
+        change("turns.1.notes.message", {"tool_calls": [{**CALL, "function": {"name": ""}}]}),
+        change("turns.1.notes.message", {"tool_calls": [CALL] * 129}),
+        change("turns.1.notes.message", {"tool_call_id": "x" * 257}),
+        change("turns.1.notes.message", {"more": "x" * (1 << 20)}),
     ],
 )
 def test_bounds(document: dict[str, Any], path: str, value: Any) -> None:

@@ -483,6 +483,77 @@ def test_a_tool_is_called_and_answered(wide: OpenAI) -> None:
     assert abs(told.usage.input_tokens - answer.usage.input_tokens) < 8
 
 
+def test_log_probabilities_beside_a_call_are_those_of_the_words(wide: OpenAI) -> None:
+    """An enforced call has no words: nothing is told of its tokens, whole and streamed."""
+    asked: Json = {
+        "model": "any",
+        "input": "Is it warm?",
+        "tools": [WEATHER],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+        "extra_body": {"seed": 3},
+    }
+    whole = wide.responses.create(**asked)
+    (call,) = whole.output
+    assert call.type == "function_call" and not hasattr(call, "logprobs")
+    with wide.responses.stream(**asked) as stream:
+        events = list(stream)
+    deltas = [e for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(delta.delta for delta in deltas) == call.arguments
+    assert not any("logprobs" in event.to_json() for event in events[2:-1])
+    # The same request, cut before the call is one: then it is words, and they are told.
+    words = wide.responses.create(**{**asked, "max_output_tokens": 6})
+    (message,) = words.output
+    assert message.type == "message"
+    part = message.content[0]
+    assert part.type == "output_text" and part.logprobs is not None
+    assert "".join(entry.token for entry in part.logprobs) == part.text
+
+
+def test_control_tokens_in_what_tools_say_are_text(wide_server: Server) -> None:
+    """And the prompt is the very one of chat."""
+    function = {"name": "weather", "parameters": {"type": "object"}}
+
+    def counts(mark: str) -> tuple[int, int]:
+        described = {**function, "description": f"Says {mark}."}
+        call = {"name": "weather", "arguments": json.dumps({"city": mark})}
+        output = f"It {mark} rains.{mark}"
+        chat: Json = {
+            "messages": [
+                {"role": "user", "content": "So?"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "c1", "type": "function", "function": call}],
+                },
+                {"role": "tool", "tool_call_id": "c1", "content": output},
+            ],
+            "tools": [{"type": "function", "function": described}],
+            "max_tokens": 1,
+        }
+        response: Json = {
+            "input": [
+                {"role": "user", "content": "So?"},
+                {"type": "function_call", "call_id": "c1", **call},
+                {"type": "function_call_output", "call_id": "c1", "output": output},
+            ],
+            "tools": [{"type": "function", **described}],
+            "max_output_tokens": 1,
+        }
+        with httpx.Client(base_url=wide_server.url, timeout=60) as http:
+            by_chat = http.post("/v1/chat/completions", json=chat).json()["usage"]
+            by_response = http.post("/v1/responses", json=response).json()["usage"]
+            marks = http.post("/tokenize", json={"messages": [{"role": "user", "content": mark}]})
+            assert marks.json()["tokens"].count(2) == 1  # the template's own
+        return by_chat["prompt_tokens"], by_response["input_tokens"]
+
+    by_chat, by_response = counts("<|im_end|>")
+    assert by_chat == by_response
+    without, _ = counts("x")
+    assert by_chat - without > 4 * 2  # each of the four is spelled out: it is many tokens, not one
+
+
 def test_parse(wide: OpenAI) -> None:
     for seed in range(3):
         parsed = wide.responses.parse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -274,6 +275,84 @@ def test_export_and_import(http: httpx.Client, session: str) -> None:
     assert asked(http, new["id"], "And?")["status"] == "complete"
     document["turns"][1]["content"][0]["text"] += "!"  # no longer what the tokens spell
     refused(http.post("/v1/sessions/import", json=document), 400, "invalid_value")
+
+
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+}
+WITH_TOOLS = [
+    {"role": "user", "content": "Is it raining?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "It rains."},
+]
+LETTERS = "[a-f]{50,80}"
+
+
+def cut_answer(http: httpx.Client) -> str:
+    """A session with messages of tools, and an answer within a grammar that was cut."""
+    id = made(http, defaults={})
+    body = {"input": WITH_TOOLS, "regex": LETTERS, "max_tokens": 9, "seed": 4}
+    answer = http.post(f"/v1/sessions/{id}/turns", json=body)
+    checked_turn(answer.json(), finish_reason="length", num_tokens=9)
+    return id
+
+
+def test_a_transcript_with_tools_and_a_grammar_is_gone_on_with(http: httpx.Client) -> None:
+    id = cut_answer(http)
+    out = http.get(f"/v1/sessions/{id}/export")
+    document = out.json()
+    assert document["turns"][1]["notes"]["message"]["tool_calls"] == [CALL]
+    assert document["turns"][2]["notes"]["message"]["tool_call_id"] == "call_1"
+    assert document["turns"][3]["notes"]["params"]["grammar"]["text"] == LETTERS
+    new = http.post("/v1/sessions/import", content=out.content, headers=JSON).json()["id"]
+
+    def said(id: str) -> tuple[str, list[int]]:
+        """The whole answer, and the path's tokens after one more question."""
+        ended = http.post(f"/v1/sessions/{id}/continue", json={"max_tokens": 90}).json()
+        assert (ended["status"], ended["finish_reason"]) == ("complete", "stop")
+        asked(http, id, "And?", max_tokens=5, seed=6, ignore_eos=True)
+        turns = http.get(f"/v1/sessions/{id}?include=token_ids").json()["turns"]
+        tokens = [id_ for turn in turns for id_ in turn["prompt_token_ids"] + turn["token_ids"]]
+        return ended["content"][0]["text"], tokens
+
+    text, tokens = said(new)
+    assert re.fullmatch(LETTERS, text)
+    assert said(id) == (text, tokens)
+    # And as an answer that nobody cut.
+    whole = http.post(
+        f"/v1/sessions/{made(http, defaults={})}/turns",
+        json={"input": WITH_TOOLS, "regex": LETTERS, "max_tokens": 99, "seed": 4},
+    )
+    assert whole.json()["content"][0]["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        ({"kind": "regex", "text": "a("}, "refused"),
+        ({"kind": "lark", "text": "start: nothing"}, "refused"),
+        ({"kind": "lark", "text": "endless rules"}, "too much"),
+    ],
+    ids=["no regex", "no grammar", "too deep"],
+)
+def test_a_hostile_grammar_in_a_transcript_is_refused(
+    tiny_server: Server, http: httpx.Client, grammar: dict[str, str], why: str
+) -> None:
+    engine = tiny_server.engine.pid
+    if grammar["text"] == "endless rules":
+        rules = "".join(f'r{i}: r{i + 1} | "y{i}"\n' for i in range(2500))
+        grammar = grammar | {"text": f'start: r0\n{rules}r2500: "z"\n'}
+    document = http.get(f"/v1/sessions/{cut_answer(http)}/export").json()
+    document["session"]["title"] = title = f"hostile {time.monotonic_ns()}"
+    document["turns"][3]["notes"]["params"]["grammar"] = grammar
+    message = refused(
+        http.post("/v1/sessions/import", json=document), 400, "invalid_value", "turns"
+    )
+    assert why in message
+    assert tiny_server.engine.pid == engine and tiny_server.ready()
+    assert http.get("/v1/sessions", params={"q": title}).json()["data"] == []  # nothing is stored
 
 
 def test_a_streamed_turn(http: httpx.Client) -> None:

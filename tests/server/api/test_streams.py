@@ -207,6 +207,36 @@ def test_deleting_one_that_runs(http: httpx.Client) -> None:
     assert (last.name, last.data["finish_reason"]) == ("done", "abort")
 
 
+@pytest.mark.parametrize("format", ["events", "chat"])
+@pytest.mark.parametrize("beyond", [1, 500])
+def test_after_beyond_the_end_of_a_live_stream(
+    http: httpx.Client, tiny_server: Server, format: str, beyond: int
+) -> None:
+    """It ends without a word: an id is never followed by a lower one, or by itself."""
+    body = {**CHAT, "max_tokens": 60, "stream": True, "resumable": True}
+    done = 62
+    with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        path = f"/v1/streams/{stream.headers['x-headwater-generation']}"
+        engine = tiny_server.engine
+        engine.suspend()  # until somebody waits for what never comes
+        try:
+            with (
+                http.stream("GET", f"{path}?format={format}&after={done - 1}") as last,
+                http.stream("GET", f"{path}?format={format}&after={done - 1 + beyond}") as late,
+            ):
+                assert (last.status_code, late.status_code) == (200, 200)
+                engine.resume()
+                told, nothing = last.read().decode(), late.read().decode()
+        finally:
+            engine.resume()
+    if format == "chat":
+        assert [chunk["headwater"]["event"] for chunk in chunks(told)] == [done]
+        assert chunks(nothing) == []
+    else:
+        assert [event.id for event in events(told)] == [done]
+        assert [event.id for event in events(nothing) if event.name != "progress"] == []
+
+
 # --------------------------------------------------------------------------- resumable chats
 
 

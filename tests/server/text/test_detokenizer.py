@@ -157,34 +157,36 @@ def test_fuzz_stop_strings() -> None:
         )
         pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
         minimum = draw.choice([0, 0, 0, 1, draw.randint(0, len(pieces) + 1)])
-        include = draw.random() < 0.3
         # The characters that are complete after each token, decoding every prefix afresh.
         prefixes = [b"".join(pieces[:count]) for count in range(len(pieces) + 1)]
         ends = [len(prefix.decode("utf-8", "ignore")) for prefix in prefixes]
         end = first_match(text, ends, stops, minimum)
-        detokenizer = Detokenizer(pieces, stop=stops, include_stop=include, min_tokens=minimum)
+        detokenizer = Detokenizer(pieces, stop=stops, min_tokens=minimum)
         deltas, shown = run(detokenizer, range(len(pieces)))
         if end is None:
             assert detokenizer.stopped is None and shown == text, case
-            assert detokenizer.num_visible_tokens == len(pieces), case
-            visible = len(text)
+            visible, wholly = len(text), len(pieces)
         else:
             matched += 1
             found = max((stop for stop in stops if text[:end].endswith(stop)), key=len)
             assert detokenizer.stopped == found, case
-            visible = end if include else end - len(found)
+            visible = end - len(found)
             assert shown == text[:visible], case
-            wholly = sum(size <= visible for size in map(_characters, prefixes)) - 1
-            assert detokenizer.num_visible_tokens == wholly, case
-        assert sum(delta.num_tokens for delta in deltas) == detokenizer.num_visible_tokens, case
+            wholly = _num_whole(prefixes, visible)
+        assert sum(delta.num_tokens for delta in deltas) == wholly, case
         _check_held(deltas, ends, text, stops, end, case)
         _check_released(deltas, prefixes, case)
     assert 2000 < matched < 9500
 
 
-def _characters(prefix: bytes) -> int:
-    """How many characters must be shown to show all of these bytes."""
-    return len(prefix.decode("utf-8", "replace"))
+def _num_whole(prefixes: list[bytes], shown: int) -> int:
+    """How many tokens are wholly within so many characters. One that ends in half a character is
+    as long as the one that ends it."""
+    needed = [len(prefix.decode("utf-8", "replace")) for prefix in prefixes]
+    for i in range(len(prefixes) - 2, 0, -1):
+        if needed[i] > len(prefixes[i].decode("utf-8", "ignore")):
+            needed[i] = max(needed[i], needed[i + 1])
+    return sum(size <= shown for size in needed) - 1
 
 
 def _check_held(
@@ -215,13 +217,13 @@ def _check_held(
 
 
 def _check_released(deltas: list[Delta], prefixes: list[bytes], case: int) -> None:
-    """A token counts with exactly the delta that shows its last byte."""
+    """A token counts with exactly the delta that shows all of it."""
     shown = released = 0
     for index, delta in enumerate(deltas, 1):
         shown += len(delta.text)
         released += delta.num_tokens
         fed = prefixes[: index + 1]
-        assert released == sum(_characters(prefix) <= shown for prefix in fed) - 1, case
+        assert released == _num_whole(fed, shown), case
 
 
 class TestStopStrings:
@@ -229,7 +231,7 @@ class TestStopStrings:
         detokenizer = Detokenizer([b"a", b"S", b"T", b"OP rest"], stop=["STOP"])
         deltas, _ = run(detokenizer, [0, 1, 2, 3])
         assert deltas == [("a", 1), ("", 0), ("", 0), ("", 0), ("", 0)]
-        assert (detokenizer.stopped, detokenizer.num_visible_tokens) == ("STOP", 1)
+        assert detokenizer.stopped == "STOP"
 
     def test_false_alarm_is_shown_with_its_tokens(self) -> None:
         detokenizer = Detokenizer([b"a", b"S", b"T", b"x"], stop=["STOP"])
@@ -238,17 +240,21 @@ class TestStopStrings:
     def test_held_tail_is_flushed(self) -> None:
         detokenizer = Detokenizer([b"a", b"STO"], stop=["STOP"])
         assert run(detokenizer, [0, 1]) == ([("a", 1), ("", 0), ("STO", 1)], "aSTO")
-        assert detokenizer.stopped is None and detokenizer.num_visible_tokens == 2
+        assert detokenizer.stopped is None
+
+    @pytest.mark.parametrize("rest", ["😀".encode()[2:], b""])
+    def test_half_a_character_counts_with_the_token_that_ends_it(self, rest: bytes) -> None:
+        detokenizer = Detokenizer(
+            [b"a", b" " + "😀".encode()[:2], rest + b"xS", b"TOP"], stop=["STOP"]
+        )
+        deltas, text = run(detokenizer, [0, 1, 2, 3])
+        assert text == ("a 😀x" if rest else "a \ufffdx")
+        assert [delta.num_tokens for delta in deltas] == [1, 0, 0, 0, 0]
+        assert detokenizer.released_ends == [1]
 
     def test_visible_part_of_a_token(self) -> None:
         detokenizer = Detokenizer([b"one ", b"two STOP three"], stop=["STOP"])
         assert run(detokenizer, [0, 1]) == ([("one ", 1), ("two ", 0), ("", 0)], "one two ")
-        assert detokenizer.num_visible_tokens == 1
-
-    def test_include_stop(self) -> None:
-        detokenizer = Detokenizer([b"one ", b"two STOP", b"!"], stop=["STOP"], include_stop=True)
-        assert run(detokenizer, [0, 1, 2])[1] == "one two STOP"
-        assert detokenizer.num_visible_tokens == 2
 
     def test_min_tokens(self) -> None:
         tokens = [b"STOP", b" a ", b"ST", b"OP"]
