@@ -233,13 +233,16 @@ async def _listen(application: Any, settings: Settings, sock: socket.socket) -> 
 
 async def _announce(services: Any, sock: socket.socket) -> None:
     """Say where the server is, and how to use it, once it takes requests."""
+    from server.page import the_page
+
     await services.client.ready.wait()
     host, port = sock.getsockname()[:2]
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     model = services.client.model
+    opened = "Open it in a browser, or ask from here:\n\n" if the_page().find("/") else ""
     sys.stdout.write(
         f"Headwater serves {services.files.name} ({model.quantization}, {model.device}, context "
-        f"{model.max_model_len} tokens) at {url}\n\n"
+        f"{model.max_model_len} tokens) at {url}\n\n{opened}"
         f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         '    -d \'{"stream": true, "messages": [{"role": "user", "content": "Why do rivers '
         "bend?\"}]}'\n\n"

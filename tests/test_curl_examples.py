@@ -306,6 +306,12 @@ def check_version(output: str) -> None:
     assert set(document(output)) == {"version", "model"}
 
 
+def check_sign_in(output: str) -> None:
+    signed_in, models, signed_out = output.splitlines()
+    assert (signed_in, signed_out) == ("204", "204")
+    assert json.loads(models)["object"] == "list"
+
+
 def checker(script: Path) -> Callable[[str], None] | None:
     """chat-stream.sh -> check_chat_stream."""
     found: Callable[[str], None] | None = globals().get(f"check_{script.stem.replace('-', '_')}")

@@ -41,7 +41,7 @@ def get(server: Server, id: str) -> Json:
 
 def events(server: Server, id: str, after: int | None = None, count: int = 1 << 30) -> list[Json]:
     """The first `count` events of a stream after the number `after`."""
-    query = {"stream": "true", **({} if after is None else {"starting_after": after})}
+    query = {"stream": "true"} | ({} if after is None else {"starting_after": str(after)})
     found: list[Json] = []
     url = f"{server.url}/v1/responses/{id}"
     with httpx.stream("GET", url, params=query, timeout=60) as response:

@@ -92,7 +92,7 @@ def test_all_answers_are_as_described(tiny_server: Server, known: Known, count: 
         suppress_health_check=list(HealthCheck),
     )
     @given(case=cases, is_known=st.booleans())
-    def ask(case: schemathesis.Case, is_known: bool) -> None:
+    def ask(case: schemathesis.Case[Any], is_known: bool) -> None:
         if is_known:
             case.path_parameters |= known.named(case.path, case.method)
         length = LENGTHS.get(case.path)

@@ -45,7 +45,7 @@ WHOLE: dict[Wire, Callable[[Json], Answer]] = {
     "messages": whole_message,
     "turns": whole_turn,
 }
-_LENGTH = {"responses": "max_output_tokens", "background": "max_output_tokens"}
+_LENGTH: dict[Wire, str] = {"responses": "max_output_tokens", "background": "max_output_tokens"}
 _QUESTIONS = ("Why?", "Tell me of rivers.", "日本語 😀, please", "Is it warm in Bern?", "x" * 90)
 _STOPS = ("e", " a", "th", "\n", "in the", "é", "qu")
 _SCHEMA: Json = {
@@ -97,10 +97,10 @@ class Case:
                 return TurnStream()
 
 
-def drawn(number: int, *, whole: bool = False, wire: Wire | None = None) -> Case:
-    """The case of that number. `whole`: a longer one that is read to its end."""
+def drawn(number: int, *, whole: bool = False, on: Wire | None = None) -> Case:
+    """The case of that number, `on` that wire. `whole`: a longer one that is read to its end."""
     rng = random.Random(number)
-    wire = wire or rng.choice(WIRES)
+    wire = rng.choice(WIRES) if on is None else on
     tools = wire not in ("completions", "turns") and rng.random() < 0.3
     length = rng.randint(150, 300) if whole else rng.randint(1, 120 if tools else 40)
     body: Json = {

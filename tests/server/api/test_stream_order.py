@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -123,7 +124,7 @@ def read_on(ask: Ask, num_frames: int, begun: threading.Barrier) -> None:
 def interrupt(server: Server, client: httpx.Client, first: int) -> None:
     """Some streams whose engine dies in their middle."""
     wires: list[Wire] = [*WIRES, "chat"]
-    cases = [drawn(first + i, whole=True, wire=wire) for i, wire in enumerate(wires)]
+    cases = [drawn(first + i, whole=True, on=wire) for i, wire in enumerate(wires)]
     asks = [Ask(client, case) for case in cases]
     wholes = [ask.whole() for ask in asks]
     begun = threading.Barrier(NUM_INTERRUPTED + 1)
@@ -136,7 +137,7 @@ def interrupt(server: Server, client: httpx.Client, first: int) -> None:
 
     with ThreadPoolExecutor(NUM_INTERRUPTED) as pool:
         runs = [
-            pool.submit(named, case, lambda case=case, ask=ask, whole=whole: run(case, ask, whole))
+            pool.submit(named, case, partial(run, case, ask, whole))
             for case, ask, whole in zip(cases, asks, wholes, strict=True)
         ]
         with suppress(threading.BrokenBarrierError):  # then one of them tells why
@@ -177,7 +178,7 @@ def test_all_streams_end_in_order_when_the_server_stops(wide_model: Path) -> Non
 
 
 def _long(wire: Wire) -> Case:
-    body = drawn(1, whole=True, wire=wire).body
+    body = drawn(1, whole=True, on=wire).body
     kept = ("input", "messages", "prompt", "stream", "resumable", "background")
     length = {"max_tokens": 3000} if wire in ("completions", "messages") else {}
     asked = {key: value for key, value in body.items() if key in kept}
