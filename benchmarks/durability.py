@@ -1,6 +1,6 @@
 """What durable logging costs: 16 streams whose log is stored against 16 whose log is not.
 
-    python benchmarks/durability.py
+    python -m benchmarks.durability
 
 Three kinds of streams alternate against one server: plain chat completions (nothing is stored),
 the same with `resumable: true` (prompt, tokens and end are stored), and turns of sessions (those

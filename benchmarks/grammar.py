@@ -1,6 +1,6 @@
 """What a grammar costs: 16 streams with a JSON schema against the same without one.
 
-    python benchmarks/grammar.py
+    python -m benchmarks.grammar
 
 One server with the default model. Rounds with and without alternate, since only ratios within a
 run mean anything on a shared machine; each stream makes the same number of tokens, at temperature

@@ -93,7 +93,11 @@ def test_neither_the_key_nor_its_digest_is_in_the_cookie_or_the_log(guarded: Ser
     assert one not in guarded.log and "hw-a-wrong-key" not in guarded.log
 
 
-@pytest.mark.parametrize("wrong", ["x", KEYS["bob"][:-1], f"{KEYS['bob']}x", "ключ"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["x", KEYS["bob"][:-1], f"{KEYS['bob']}x", "ключ"],
+    ids=["short", "cut", "longer", "not ASCII"],
+)
 def test_a_wrong_key_is_told_and_not_repeated(guarded: Server, wrong: str) -> None:
     answer = login(guarded, wrong)
     assert answer.status_code == 401
