@@ -31,7 +31,7 @@ page: $(PAGE)  ## build the web page, where its sources are newer
 test: $(VENV)/dev.stamp  ## set up and run the tests
 	@$(BIN)/headwater pull smollm2-135m
 	@$(MAKE) --no-print-directory page || true
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
 	@$(BIN)/python -m pytest -m "alone and not slow"
 	@$(MAKE) --no-print-directory page
 	@cd $(WEB) && ./with-node npm test

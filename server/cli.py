@@ -27,6 +27,8 @@ from server.secret import SecretError, load_secret
 from server.settings import Settings
 from server.store.errors import StoreError
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 app = typer.Typer(
     name="headwater",
     help="A streaming text-generation server that keeps: sessions, streams, results.",
@@ -169,16 +171,19 @@ def serve(
 
 async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: socket.socket) -> int:
     """Run until a signal, or until the engine is beyond help. Returns the exit code."""
+    early = asyncio.Event()  # a signal before there is anything to stop
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, early.set)
     async with EngineProcess.spawned() as engine:  # what it imports, it imports meanwhile
         from server.app import create_app
         from server.store.store import Store
 
-        host, number = sock.getsockname()[:2]
-        store = Store.open(settings.store, settings.data_folder, f"{host}:{number}")
+        host, port = sock.getsockname()[:2]
+        store = Store.open(settings.store, settings.data_folder, f"{host}:{port}")
         with contextlib.closing(store):
             with _text_files_explained(files):
                 application = create_app(settings, files, owners, store, engine)
-            return await _listen(application, settings, sock)
+            return 0 if early.is_set() else await _listen(application, settings, sock)
 
 
 async def _listen(application: Any, settings: Settings, sock: socket.socket) -> int:
@@ -214,7 +219,7 @@ async def _listen(application: Any, settings: Settings, sock: socket.socket) -> 
         else:
             begin_drain(application, settings.shutdown_grace, stop)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal)
     watchers = [
         loop.create_task(_announce(services, sock)),

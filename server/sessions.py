@@ -411,14 +411,21 @@ class Sessions:
             new = len(extension.prompt_token_ids) - len(extension.history) + wanted
             new += len(self._tokenizer.encode(session.instructions or ""))
             dropped = drop_oldest(path, new, model.max_model_len)
-            while True:  # the sizes that it goes by are of another rendering
-                extension = await off_loop(size, partial(tokens, dropped))
-                left = len(extension.prompt_token_ids) + wanted <= model.max_model_len
-                if left or dropped >= len(path):
-                    return extension
-                dropped += 1
-                while dropped < len(path) and path[dropped].role != "user":
-                    dropped += 1
+            # The sizes that it goes by may be of another rendering: then the first cut that fits.
+            users = [i for i in range(dropped + 1, len(path)) if path[i].role == "user"]
+            cuts = [dropped, *users, len(path)]
+            low, high, middle = 0, len(cuts) - 1, 0
+            tried: dict[int, Extension] = {}
+            while low < high:
+                tried[middle] = await off_loop(size, partial(tokens, cuts[middle]))
+                if len(tried[middle].prompt_token_ids) + wanted <= model.max_model_len:
+                    high = middle
+                else:
+                    low = middle + 1
+                middle = (low + high) // 2
+            if low not in tried:
+                tried[low] = await off_loop(size, partial(tokens, cuts[low]))
+            return tried[low]
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="input"

@@ -277,6 +277,33 @@ def test_export_and_import(http: httpx.Client, session: str) -> None:
     refused(http.post("/v1/sessions/import", json=document), 400, "invalid_value")
 
 
+def test_a_long_session_of_another_model_is_cut_where_it_fits(http: httpx.Client) -> None:
+    """Its sizes in tokens are not known before it is rendered, and 1,000 renderings of 1,000 turns
+    would take minutes."""
+    turns = [
+        {
+            "id": f"t{i}",
+            "parent": f"t{i - 1}" if i else None,
+            "role": ("user", "assistant")[i % 2],
+            "content": [{"type": "text", "text": f"Line {i} of a long talk."}],
+            "tokenizer": "another",
+            "created_at": 1.0,
+        }
+        for i in range(1000)
+    ]
+    session = {"overflow": "drop_oldest", "head": "t999", "created_at": 1.0}
+    document = {"format": "headwater.session", "version": 1, "session": session, "turns": turns}
+    id = http.post("/v1/sessions/import", json=document).json()["id"]
+    answer = http.post(
+        f"/v1/sessions/{id}/turns", json={"input": "And?", "max_tokens": 8, "ignore_eos": True}
+    ).json()
+    assert (answer["finish_reason"], answer["num_tokens"]) == ("length", 8), answer
+    dropped = max(t.get("dropped") or 0 for t in http.get(f"/v1/sessions/{id}").json()["turns"])
+    size = http.get(f"/v1/sessions/{id}/cache").json()["last_turn"]["prompt_tokens"]
+    assert dropped % 2 == 0 and dropped > 900
+    assert 400 < size <= 512 - 8  # all that fits, or nearly
+
+
 CALL = {
     "id": "call_1",
     "type": "function",
