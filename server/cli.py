@@ -171,9 +171,9 @@ def serve(
 
 async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: socket.socket) -> int:
     """Run until a signal, or until the engine is beyond help. Returns the exit code."""
-    early = asyncio.Event()  # a signal before there is anything to stop
+    signals: asyncio.Queue[None] = asyncio.Queue()  # one may come before there is what it stops
     for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, early.set)
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, None)
     async with EngineProcess.spawned() as engine:  # what it imports, it imports meanwhile
         from server.app import create_app
         from server.store.store import Store
@@ -183,10 +183,12 @@ async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: so
         with contextlib.closing(store):
             with _text_files_explained(files):
                 application = create_app(settings, files, owners, store, engine)
-            return 0 if early.is_set() else await _listen(application, settings, sock)
+            return await _listen(application, settings, sock, signals)
 
 
-async def _listen(application: Any, settings: Settings, sock: socket.socket) -> int:
+async def _listen(
+    application: Any, settings: Settings, sock: socket.socket, signals: asyncio.Queue[None]
+) -> int:
     import uvicorn
 
     from server.app import begin_drain
@@ -212,16 +214,17 @@ async def _listen(application: Any, settings: Settings, sock: socket.socket) -> 
     def stop() -> None:
         http.should_exit = True
 
-    def on_signal() -> None:
-        if client.draining:  # the second one: now
-            http.force_exit = True
-            stop()
-        else:
-            begin_drain(application, settings.shutdown_grace, stop)
+    async def obey() -> None:
+        while True:
+            await signals.get()
+            if client.draining:  # the second one: now
+                http.force_exit = True
+                stop()
+            else:
+                begin_drain(application, settings.shutdown_grace, stop)
 
-    for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, on_signal)
     watchers = [
+        loop.create_task(obey()),
         loop.create_task(_announce(services, sock)),
         loop.create_task(_stop_when_failed(services, stop)),
     ]
