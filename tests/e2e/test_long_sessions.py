@@ -19,7 +19,7 @@ from tests.e2e.session_client import (
 from tests.e2e.streams import Reader, stream_events
 from tests.fixtures.server import serving, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 
 TALK = (  # some 36 tokens
