@@ -466,6 +466,7 @@ def test_too_many_are_refused_and_the_others_have_their_turn(
     assert look(http, "eve").status_code == 200
 
 
+@pytest.mark.alone
 def test_a_client_that_leaves_ends_it(guarded: Server, http: httpx.Client) -> None:
     size = found(guarded, "tokens", text=LONG["text"])["count"]
     assert MAX_RECOMPUTED * 0.9 < size * 256 + 256 * 255 / 2 <= MAX_RECOMPUTED
