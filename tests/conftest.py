@@ -39,6 +39,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model`, with a context of 4,096 tokens."""
+    folder = tmp_path_factory.mktemp("wide-llama")
+    make_tiny("llama", folder, max_position_embeddings=4096)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_server(tiny_model: Path) -> Iterator[Server]:
     """A real server process on a real socket with the tiny model, shared by all tests that leave
     it as they found it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from model.engine.messages import (
     Inspected,
     Inspection,
     LayerView,
+    ModelInfo,
     PositionView,
 )
 from server.api.answers import finite
@@ -35,6 +37,8 @@ from server.services import Caller, Services, Shared
 from server.text.tokenizer import Tokenizer
 
 router = APIRouter(prefix="/v1/inspect")
+
+Looked = TypeVar("Looked", bound=Inspection, covariant=True)
 
 
 @router.post("/tokens", operation_id="inspect_tokens", response_model=InspectTokens)
@@ -59,12 +63,7 @@ async def inspect_forward(
     body: ForwardBody, request: Request, services: Shared, owner: Caller
 ) -> Response:
     """What the model says after each token, and on the way through its layers."""
-    model = services.client.check_ready()
-    ids, what = await body.inspection(services, model)
-    parts = await _inspect(services, request, owner, ids, what)
-    if parts is None:
-        return Response(status_code=499)
-    return await asyncio.to_thread(_forward, services, ids, what, parts)
+    return await _answer(services, request, owner, body, _forward)
 
 
 @router.post("/attention", operation_id="inspect_attention", response_model=InspectAttention)
@@ -72,12 +71,7 @@ async def inspect_attention(
     body: AttentionBody, request: Request, services: Shared, owner: Caller
 ) -> Response:
     """How much each token looks at those before it, in one layer."""
-    model = services.client.check_ready()
-    ids, what = await body.inspection(services, model)
-    parts = await _inspect(services, request, owner, ids, what)
-    if parts is None:
-        return Response(status_code=499)
-    return await asyncio.to_thread(_attention, services, ids, what, parts)
+    return await _answer(services, request, owner, body, _attention)
 
 
 @router.post("/kv-cache", operation_id="inspect_kv_cache", response_model=InspectCache)
@@ -85,12 +79,7 @@ async def inspect_kv_cache(
     body: CacheBody, request: Request, services: Shared, owner: Caller
 ) -> Response:
     """The same greedy tokens, drawn with the KV cache and without it, by the clock."""
-    model = services.client.check_ready()
-    ids, what = await body.inspection(services, model)
-    parts = await _inspect(services, request, owner, ids, what)
-    if parts is None:
-        return Response(status_code=499)
-    return json_response(_cache(services, ids, what, parts))
+    return await _answer(services, request, owner, body, _cache)
 
 
 @router.get("/model", operation_id="inspect_model", response_model=InspectModel)
@@ -135,25 +124,43 @@ async def inspect_model(services: Shared) -> Response:
 # ------------------------------------------------------------------------------------- details
 
 
-async def _inspect(
-    services: Services, request: Request, owner: Owner, ids: list[int], what: Inspection
-) -> list[Inspected] | None:
-    """What was found. None when the client left first, which ends the inspection; the 499 that is
-    then 'answered' shows in the log only. Raises what `Inspections.run` raises."""
+class _Asked(Protocol[Looked]):
+    """The body of a route that looks into the model."""
+
+    async def inspection(
+        self, services: Services, model: ModelInfo
+    ) -> tuple[list[int], Looked]: ...
+
+
+async def _answer(
+    services: Services,
+    request: Request,
+    owner: Owner,
+    body: _Asked[Looked],
+    tell: Callable[[Tokenizer, list[int], Looked, list[Inspected]], dict[str, Any]],
+) -> Response:
+    """Look, and `tell` what was found. When the client leaves first, that ends the inspection, and
+    the 499 that is then 'answered' shows in the log only. Raises what `Inspections.run` raises."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
+    ids, what = await body.inspection(services, services.client.check_ready())
     looking = asyncio.create_task(services.inspections.run(owner, ids, what))
     leaving = asyncio.create_task(left())
     try:
         await asyncio.wait({looking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return looking.result() if looking.done() else None
+        if not looking.done():
+            return Response(status_code=499)
+        parts = looking.result()
     finally:
         looking.cancel()
         leaving.cancel()
         await asyncio.gather(looking, leaving, return_exceptions=True)
+    return await asyncio.to_thread(
+        lambda: json_response(tell(services.tokenizer, ids, what, parts))
+    )
 
 
 def token_list(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
@@ -177,9 +184,8 @@ def token_list(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
 
 
 def _forward(
-    services: Services, ids: list[int], what: ForwardInspection, parts: list[Inspected]
-) -> Response:
-    tokenizer = services.tokenizer
+    tokenizer: Tokenizer, ids: list[int], what: ForwardInspection, parts: list[Inspected]
+) -> dict[str, Any]:
     views = [view for part in parts for view in part.positions]
     hidden, vocab = next(part.widths for part in parts if part.widths is not None)
     answer: dict[str, Any] = {
@@ -197,7 +203,7 @@ def _forward(
             for view in part.layers:
                 by_layer[view.layer].append(view)
         answer["layers"] = [_layer(tokenizer, views) for views in by_layer.values()]
-    return json_response(answer)
+    return answer
 
 
 def _position(tokenizer: Tokenizer, ids: list[int], i: int, view: PositionView) -> dict[str, Any]:
@@ -251,8 +257,8 @@ def _layer(tokenizer: Tokenizer, views: list[LayerView]) -> dict[str, Any]:
 
 
 def _attention(
-    services: Services, ids: list[int], what: AttentionInspection, parts: list[Inspected]
-) -> Response:
+    tokenizer: Tokenizer, ids: list[int], what: AttentionInspection, parts: list[Inspected]
+) -> dict[str, Any]:
     names = ("scores", "weights", "values_share")
     rows: dict[str, dict[int, list[list[float]]]] = {
         name: {head: [] for head in what.heads} for name in names
@@ -261,19 +267,17 @@ def _attention(
         for some in part.rows:
             for name in names:
                 rows[name][some.head] += getattr(some, name)
-    return json_response(
-        {
-            "tokens": token_list(services.tokenizer, ids),
-            "layer": what.layer,
-            "heads": what.heads,
-            "queries": what.queries,
-            **{name: list(rows[name].values()) for name in names},
-        }
-    )
+    return {
+        "tokens": token_list(tokenizer, ids),
+        "layer": what.layer,
+        "heads": what.heads,
+        "queries": what.queries,
+        **{name: list(rows[name].values()) for name in names},
+    }
 
 
 def _cache(
-    services: Services, ids: list[int], what: CacheInspection, parts: list[Inspected]
+    tokenizer: Tokenizer, ids: list[int], what: CacheInspection, parts: list[Inspected]
 ) -> dict[str, Any]:
     comparison = parts[-1].comparison
     assert comparison is not None
@@ -289,5 +293,5 @@ def _cache(
         "without_cache": clock(comparison.seconds_without),
         "speedup": comparison.seconds_without / seconds,
         "tokens_equal": comparison.tokens_equal,
-        "text": services.tokenizer.decode(comparison.token_ids, skip_special=False),
+        "text": tokenizer.decode(comparison.token_ids, skip_special=False),
     }

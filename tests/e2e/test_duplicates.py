@@ -64,11 +64,11 @@ def texts_of(responses: list[httpx.Response]) -> set[str]:
     return texts
 
 
-def test_200_duplicates_at_once_and_after_a_restart(model: Path, tmp_path: Path) -> None:
+def test_200_duplicates_at_once_and_after_a_restart(wide_model: Path, tmp_path: Path) -> None:
     env = {"HEADWATER_DATA": str(tmp_path)}
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, **SAMPLED}
     with (
-        serving(str(model), env=env) as server,
+        serving(str(wide_model), env=env) as server,
         httpx.Client(
             base_url=server.url, timeout=90, limits=httpx.Limits(max_keepalive_connections=0)
         ) as client,
@@ -113,7 +113,7 @@ def test_200_duplicates_at_once_and_after_a_restart(model: Path, tmp_path: Path)
             sent = client.post("/v1/sessions", json={}, headers={"idempotency-key": key})
             error(sent, 400, "invalid_value")
         server.kill_all()
-    with serving(str(model), env=env) as server, connected(server) as client:
+    with serving(str(wide_model), env=env) as server, connected(server) as client:
         for key in ("turn", "streamed turn", "resumable chat", "resumable stream"):
             path, body = requests[key]
             answer = client.post(path, json=body, headers={"idempotency-key": key})

@@ -61,7 +61,7 @@ def num_tokens(response: Json) -> int:
     return int(response["usage"]["total_tokens"])
 
 
-def test_three_branches_find_all_of_their_parent(model: Path, tmp_path: Path) -> None:
+def test_three_branches_find_all_of_their_parent(wide_model: Path, tmp_path: Path) -> None:
     """With its instructions and tools; in memory, and on the disk after kill -9 of everything."""
     env = {"HEADWATER_DATA": str(tmp_path)}
     said = {**SAID, "tools": TOOLS}
@@ -75,7 +75,7 @@ def test_three_branches_find_all_of_their_parent(model: Path, tmp_path: Path) ->
             found.append(branch)
         return found
 
-    with serving(str(model), env=env) as server:
+    with serving(str(wide_model), env=env) as server:
         first = post(server, input=LONG, seed=1, **said)
         plain = post(server, input=LONG, seed=1, **SAID)
         assert num_tokens(first) > num_tokens(plain) + 64  # the tools are in the prompt
@@ -83,7 +83,7 @@ def test_three_branches_find_all_of_their_parent(model: Path, tmp_path: Path) ->
         assert len({branch["output"][0]["content"][0]["text"] for branch in before}) == 3
         wait_written(server, num_tokens(first) - 1)
         kill_all(server)
-    with serving(str(model), env=env) as server:
+    with serving(str(wide_model), env=env) as server:
         assert get(server, first["id"]) == first
         for branch, again in zip(before, branches(server, first), strict=True):
             assert again["output"][0]["content"] == branch["output"][0]["content"]

@@ -190,9 +190,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def empty_server(model: Path, data: Path) -> Iterator[Server]:
+def empty_server(wide_model: Path, data: Path) -> Iterator[Server]:
     """A server that has not one block of KV before a test and after it; its `data`."""
-    with serving(str(model), env={"HEADWATER_DATA": str(data)}) as server:
+    with serving(str(wide_model), env={"HEADWATER_DATA": str(data)}) as server:
         yield server
 
 
@@ -420,12 +420,15 @@ def test_unknown_fields_are_refused(client: httpx.Client) -> None:
     assert len(session.tree()) == 2
 
 
-def test_what_belongs_to_others_is_not_there(model: Path, tmp_path: Path) -> None:
+def test_what_belongs_to_others_is_not_there(wide_model: Path, tmp_path: Path) -> None:
     keys = {name: make_key() for name in ("ada", "bob")}
     file = tmp_path / "keys"
     file.write_text("\n".join(key_line(name, key) for name, key in keys.items()))
     file.chmod(0o600)
-    with serving(str(model), "--api-keys-file", str(file)) as server, connected(server) as client:
+    with (
+        serving(str(wide_model), "--api-keys-file", str(file)) as server,
+        connected(server) as client,
+    ):
         server.headers = {"authorization": f"Bearer {keys['ada']}"}
         as_bob = {"authorization": f"Bearer {keys['bob']}"}
         client.headers.update(server.headers)

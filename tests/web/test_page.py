@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.server import Server, serving
-from tests.fixtures.tiny import make_tiny
-from tests.fixtures.tiny_tokenizer import write_tokenizer
 from tests.web.conftest import Browse
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]  # an engine is killed, tasks are timed
@@ -40,25 +38,17 @@ def test_by_keyboard_on_a_phone_and_in_the_dark(browse: Browse, server: Server) 
     browse("looks", server, seconds=170)
 
 
-@pytest.fixture(scope="module")
-def long_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("long-tiny")
-    make_tiny("llama", folder, max_position_embeddings=4096)
-    write_tokenizer(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_thousand_turns_stream_without_a_slow_frame(browse: Browse, long_tiny: Path) -> None:
-    with serving(str(long_tiny)) as server:
+def test_a_thousand_turns_stream_without_a_slow_frame(browse: Browse, wide_model: Path) -> None:
+    with serving(str(wide_model)) as server:
         told = browse("long", server, seconds=170)
     assert told["longest_ms"] <= 50
 
 
 @pytest.mark.timeout(180)
-def test_a_long_session_scrolls_and_streams(browse: Browse, long_tiny: Path) -> None:
+def test_a_long_session_scrolls_and_streams(browse: Browse, wide_model: Path) -> None:
     """The same, shorter."""
-    with serving(str(long_tiny)) as server:
+    with serving(str(wide_model)) as server:
         told = browse("long", server, seconds=170, HEADWATER_TURNS="200", HEADWATER_LENGTH="900")
     assert told["longest_ms"] <= 50
