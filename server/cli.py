@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +22,9 @@ from server.listen import ListenError, bind
 from server.logs import set_up_logs
 from server.owners import Owners, OwnersError, key_line, make_key
 from server.secret import SecretError, load_secret
+from server.serve import serve_until_signal
 from server.settings import Settings
 from server.store.errors import StoreError
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 app = typer.Typer(
     name="headwater",
@@ -166,102 +163,8 @@ def serve(
         sock = bind(settings)
         with contextlib.closing(sock):
             files = _resolve(settings)
-            raise typer.Exit(asyncio.run(_serve(settings, files, owners, sock)))
-
-
-async def _serve(settings: Settings, files: ModelFiles, owners: Owners, sock: socket.socket) -> int:
-    """Run until a signal, or until the engine is beyond help. Returns the exit code."""
-    signals: asyncio.Queue[None] = asyncio.Queue()  # one may come before there is what it stops
-    for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, None)
-    async with EngineProcess.spawned() as engine:  # what it imports, it imports meanwhile
-        from server.app import create_app
-        from server.store.store import Store
-
-        host, port = sock.getsockname()[:2]
-        store = Store.open(settings.store, settings.data_folder, f"{host}:{port}")
-        with contextlib.closing(store):
             with _text_files_explained(files):
-                application = create_app(settings, files, owners, store, engine)
-            return await _listen(application, settings, sock, signals)
-
-
-async def _listen(
-    application: Any, settings: Settings, sock: socket.socket, signals: asyncio.Queue[None]
-) -> int:
-    import uvicorn
-
-    from server.app import begin_drain
-
-    services = application.state.services
-    client = services.client
-    # Why an engine could not start is the command's last line: the log need not say it as well.
-    set_up_logs(
-        settings.log_level, quiet=lambda: client.failure is not None and client.model is None
-    )
-    config = uvicorn.Config(
-        application,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=3,
-    )
-    http = uvicorn.Server(config)
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        http.should_exit = True
-
-    async def obey() -> None:
-        while True:
-            await signals.get()
-            if client.draining:  # the second one: now
-                http.force_exit = True
-                stop()
-            else:
-                begin_drain(application, settings.shutdown_grace, stop)
-
-    watchers = [
-        loop.create_task(obey()),
-        loop.create_task(_announce(services, sock)),
-        loop.create_task(_stop_when_failed(services, stop)),
-    ]
-    # Not `serve`: it would take the signals for itself and end the process by raising them again.
-    await http._serve(sockets=[sock])
-    for task in watchers:
-        task.cancel()
-    await asyncio.gather(*watchers, return_exceptions=True)
-    if services.supervisor.failed.is_set():
-        sys.stderr.write(f"headwater: {client.failure}\n")
-        return 1
-    return 0 if http.started else 1
-
-
-async def _announce(services: Any, sock: socket.socket) -> None:
-    """Say where the server is, and how to use it, once it takes requests."""
-    from server.page import the_page
-
-    await services.client.ready.wait()
-    host, port = sock.getsockname()[:2]
-    url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
-    model = services.client.model
-    opened = "Open it in a browser, or ask from here:\n\n" if the_page().find("/") else ""
-    sys.stdout.write(
-        f"Headwater serves {services.files.name} ({model.quantization}, {model.device}, context "
-        f"{model.max_model_len} tokens) at {url}\n\n{opened}"
-        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        '    -d \'{"stream": true, "messages": [{"role": "user", "content": "Why do rivers '
-        "bend?\"}]}'\n\n"
-        "Ctrl+C stops it.\n"
-    )
-    sys.stdout.flush()
-
-
-async def _stop_when_failed(services: Any, stop: Any) -> None:
-    await services.supervisor.failed.wait()
-    stop()
+                raise typer.Exit(asyncio.run(serve_until_signal(settings, files, owners, sock)))
 
 
 @app.command()
@@ -426,12 +329,14 @@ def _resolve(settings: Settings) -> ModelFiles:
 @contextlib.contextmanager
 def _text_files_explained(files: ModelFiles) -> Iterator[None]:
     """What is wrong with the model's tokenizer or chat template, as a Fault."""
-    from server.text.chat_template import TemplateError
-    from server.text.tokenizer import TokenizerError
-
     try:
         yield
-    except (TemplateError, TokenizerError) as error:
+    except Exception as error:
+        from server.text.chat_template import TemplateError  # not before there is an engine process
+        from server.text.tokenizer import TokenizerError
+
+        if not isinstance(error, TemplateError | TokenizerError):
+            raise
         raise Fault(f"{files.name} cannot be served: {error}; see {files.folder}") from None
 
 

@@ -12,6 +12,7 @@ import psutil
 import xxhash
 
 from tests.fixtures.server import Server, headwater, serving, wait_until
+from tests.fixtures.spoilt import WAYS, spoilt
 
 PROMPT = "The river runs to the sea. " * 12
 BODY = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
@@ -114,21 +115,11 @@ DIGEST_BYTES, ROOT = 16, slice(32, 64)  # of a file, see model/engine/block_file
 def spoil(path: Path, other: bytes, kind: str, chooser: random.Random) -> None:
     """Make another file of it. `other` is a good one, of another block."""
     data = bytearray(path.read_bytes())
-    if kind == "bit":
-        data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
+    if kind in WAYS:
+        data = bytearray(spoilt(data, other, kind, chooser))
     elif kind == "bits of the payload":
         for place in chooser.sample(range(len(data) // 2, len(data) - DIGEST_BYTES), 200):
             data[place] ^= 1 << chooser.randrange(8)
-    elif kind == "truncated":
-        del data[chooser.randrange(1, len(data)) :]
-    elif kind == "empty":
-        data.clear()
-    elif kind == "longer":
-        data += chooser.randbytes(chooser.randrange(1, 5000))
-    elif kind == "random":
-        data = bytearray(chooser.randbytes(len(data)))
-    elif kind == "another block":
-        data = bytearray(other)
     elif kind == "another model":  # whole in itself, and its keys and values are other ones
         data[ROOT] = chooser.randbytes(32)
         for place in chooser.sample(range(len(data) // 2, len(data) - DIGEST_BYTES), 200):
@@ -144,10 +135,7 @@ def spoil(path: Path, other: bytes, kind: str, chooser: random.Random) -> None:
     path.write_bytes(data)
 
 
-KINDS = [
-    "bit", "bits of the payload", "truncated", "empty", "longer", "random", "another block",
-    "another model", LINK,
-]  # fmt: skip
+KINDS = [*WAYS, "bits of the payload", "another model", LINK]
 
 
 def test_a_thousand_spoilt_files_make_no_wrong_token(tiny_model: Path, tmp_path: Path) -> None:

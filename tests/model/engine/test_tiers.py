@@ -22,6 +22,7 @@ from model.engine.engine import Engine
 from model.engine.prefix import block_key, root_key
 from model.engine.request import SamplingParams
 from model.engine.tiers import DiskTier, TierUnavailable
+from tests.fixtures.spoilt import WAYS, spoilt
 from tests.fixtures.tiny import make_tiny
 from tests.model.engine.simulation import (
     ROOT,
@@ -159,26 +160,15 @@ def mutate(chain: Chain, i: int, path: Path, other: bytes, chooser: random.Rando
     file of another block."""
     data = bytearray(path.read_bytes())
     kind = chooser.choice(
-        ["bit", "bits", "header", "truncated", "empty", "longer", "random", "other", "swapped",
-         "symlink", "dangling", "zeros", "folder", "foreign"]
-    )  # fmt: skip
-    if kind == "bit":
-        data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
+        [*WAYS, "bits", "header", "swapped", "symlink", "dangling", "zeros", "folder", "foreign"]
+    )
+    if kind in WAYS:
+        data = bytearray(spoilt(data, other, kind, chooser))
     elif kind == "header":
         data[chooser.randrange(128 + len(LAYOUT) + 4 * SIZE)] ^= 1 << chooser.randrange(8)
     elif kind == "bits":
         for place in chooser.sample(range(len(data)), 20):
             data[place] ^= 1 << chooser.randrange(8)
-    elif kind == "truncated":
-        del data[chooser.randrange(1, len(data)) :]
-    elif kind == "empty":
-        data.clear()
-    elif kind == "longer":
-        data += chooser.randbytes(chooser.randrange(1, 5000))
-    elif kind == "random":
-        data = bytearray(chooser.randbytes(len(data)))
-    elif kind == "other":
-        data = bytearray(other)
     elif kind == "swapped":  # the right head, another block's payload and checksum
         data = data[: -BYTES - 16] + other[-BYTES - 16 :]
     elif kind == "zeros":
