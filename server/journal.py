@@ -95,9 +95,11 @@ class Journal:
     async def _take_up(
         self, record: GenerationRecord, token_ids: list[int], blobs: list[bytes]
     ) -> Generation:
-        """Go on with one that is stored as running."""
-        generation = self._make(record, record.extra["stop"])
+        """Go on with one that is stored as running, unless somebody else did meanwhile."""
         turn = await self._turn_of(record)
+        if (live := self._generations[record.id]) is not None:
+            return live
+        generation = self._make(record, record.extra["stop"])
         num_logged = len(token_ids)
         generation.durable = Durable(record.kind, record.session, turn, num_logged, num_logged)
         generation.crashes = record.crashes
@@ -320,8 +322,7 @@ class Journal:
             return None
         token_ids, blobs = await self._store.generation_log(generation_id)
         if running:
-            # Another reader may have taken it up meanwhile.
-            return self._generations[generation_id] or await self._take_up(record, token_ids, blobs)
+            return await self._take_up(record, token_ids, blobs)
         assert record.usage is not None
         generation = self._make(record, stop=())
         num_shown = len(token_ids) - record.usage["num_end_tokens"]
