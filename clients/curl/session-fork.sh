@@ -5,7 +5,7 @@ url=${HEADWATER_URL:-http://127.0.0.1:8000}
 key=(${HEADWATER_API_KEY:+-H "Authorization: Bearer $HEADWATER_API_KEY"})
 
 session=$(curl -sS --fail-with-body "${key[@]}" "$url/v1/sessions" \
-  -H 'Content-Type: application/json' -d '{"defaults": {"max_tokens": 24}}' |
+  -H 'Content-Type: application/json' -d '{"defaults": {"max_tokens": 24, "ignore_eos": true}}' |
   grep -o 'sess_[0-9a-f]*')
 curl -sS --fail-with-body "${key[@]}" "$url/v1/sessions/$session/turns" -o /dev/null \
   -H 'Content-Type: application/json' -d '{"input": "Why do rivers bend?"}'
