@@ -32,7 +32,12 @@ _FLAGS = (
     "-shared",
     "-pthread",
 )
-_FORCE = {"best": (), "avx2": ("-DHEADWATER_AVX2",), "portable": ("-DHEADWATER_PORTABLE",)}
+_FORCE = {
+    "best": (),
+    "avx512-vnni": ("-DHEADWATER_NO_BF16",),
+    "avx2": ("-DHEADWATER_AVX2",),
+    "portable": ("-DHEADWATER_PORTABLE",),
+}
 
 
 class NoKernels(Exception):

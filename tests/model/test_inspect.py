@@ -108,8 +108,10 @@ def test_it_is_what_the_layer_adds(llama: Path, ops: Ops) -> None:
         attended = (weights @ each).transpose(0, 1).flatten(1)
         output = decoder._weights.layers[layer].output
         added = ops.evaluate(lambda o, x, w=output: o.linear(x, w), attended)
+        # Kernels that multiply bf16 round each probability on its way to the values.
+        atol = 2e-3 if ops.id.startswith("native avx512-vnni-bf16") else 1e-4
         torch.testing.assert_close(
-            added, seen[2 * layer + 1] - seen[2 * layer], rtol=1e-3, atol=1e-4
+            added, seen[2 * layer + 1] - seen[2 * layer], rtol=1e-3, atol=atol
         )
         # And the share of a key is its weight times the length of its value.
         shares = weights * each.norm(dim=-1)[:, None]

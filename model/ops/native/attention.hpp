@@ -119,45 +119,110 @@ inline Work plan(const Heads& h, const Sequence* sequences, int num_sequences) {
 
 // ---------------------------------------------------------------------------------- the kernel
 
-template <int R>
-inline void score_tile(const uint16_t* keys, const float* const* q, int head_dim, float* scores,
-                       int stride) {
-  F16 sum[R];
-  for (int r = 0; r < R; ++r) sum[r] = zero();
-  for (int d = 0; d < head_dim; d += 2) {
-    F16 first, second;
-    load_bf16_pairs(keys + d * kTile, first, second);
+// Queries and probabilities as they are multiplied: in bf16 where the CPU multiplies pairs of bf16
+// and adds them up in fp32, else in fp32. `kWide` columns of 16 lanes share each of them.
+#if HW_BF16
+using Factor = uint16_t;
+constexpr int kRowsTogether = 6, kWide = 4;
+#else
+using Factor = float;
+#if HW_AVX512
+constexpr int kRowsTogether = 4, kWide = 4;
+#else
+constexpr int kRowsTogether = 4, kWide = 1;
+#endif
+#endif
+
+// sum[r][j] += rows[r] * columns[j] over `num_pairs` pairs, in order. A column has its pairs `stride`
+// elements apart; `ahead` is what to fetch meanwhile, laid out like the columns, or null.
+template <int R, int N>
+inline void add_products(const Factor* const* rows, const uint16_t* const* columns, int num_pairs,
+                         int stride, const uint16_t* const* ahead, F16 (*sum)[N]) {
+  for (int pair = 0; pair < num_pairs; ++pair) {
+    const size_t at = size_t(pair) * stride;
+    if (ahead)
+      for (int j = 0; j < N; ++j) __builtin_prefetch(ahead[j] + at);
+#if HW_BF16
+    __m512i column[N];
+    for (int j = 0; j < N; ++j) column[j] = _mm512_loadu_si512(columns[j] + at);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      int32_t two;
+      std::memcpy(&two, rows[r] + 2 * pair, 4);
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        sum[r][j].v = _mm512_dpbf16_ps(sum[r][j].v, factor, (__m512bh)column[j]);
+    }
+#else
+    F16 first[N], second[N];
+    for (int j = 0; j < N; ++j) load_bf16_pairs(columns[j] + at, first[j], second[j]);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      sum[r] = fma(first, splat(q[r][d]), sum[r]);
-      sum[r] = fma(second, splat(q[r][d + 1]), sum[r]);
+      const F16 one = splat(rows[r][2 * pair]), two = splat(rows[r][2 * pair + 1]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        sum[r][j] = fma(second[j], two, fma(first[j], one, sum[r][j]));
     }
+#endif
   }
-  for (int r = 0; r < R; ++r) store(scores + r * stride, sum[r]);
 }
 
-// acc += p * V over `num_tiles` tiles of 16 keys; 16 dimensions at a time.
-template <int R>
-inline void add_values(const uint16_t* const* values, int num_tiles, const float* p, int stride,
+// Up to 64 keys, as tiles. Behind the last tile the first one stands again, so that all may be fetched.
+struct KeyStep {
+  int count;
+  const uint16_t *keys[kStep / kTile], *values[kStep / kTile];
+};
+
+template <int R, int N>
+inline void score_tiles(const KeyStep& tiles, int first, const KeyStep* next,
+                        const Factor* const* q, int head_dim, float* scores) {
+  F16 sum[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) sum[r][j] = zero();
+  add_products<R, N>(q, tiles.keys + first, head_dim / 2, 2 * kTile,
+                     next ? next->keys + first : nullptr, sum);
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) store(scores + r * kStep + (first + j) * kTile, sum[r][j]);
+}
+
+// acc += p * V for N * 16 dimensions.
+template <int R, int N>
+inline void add_values(const KeyStep& tiles, int dimension, const KeyStep* next, const Factor* p,
                        int head_dim, float* const* acc) {
-  for (int d = 0; d < head_dim; d += 16) {
-    F16 sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = load(acc[r] + d);
-    for (int t = 0; t < num_tiles; ++t) {
-#pragma GCC unroll 2
-      for (int pair = 0; pair < kTile / 2; ++pair) {
-        F16 first, second;
-        load_bf16_pairs(values[t] + (pair * head_dim + d) * 2, first, second);
-        const float* weight = p + t * kTile + pair * 2;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          sum[r] = fma(first, splat(weight[r * stride]), sum[r]);
-          sum[r] = fma(second, splat(weight[r * stride + 1]), sum[r]);
-        }
-      }
+  F16 sum[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) sum[r][j] = load(acc[r] + dimension + j * 16);
+  for (int t = 0; t < tiles.count; ++t) {
+    const Factor* rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = p + r * kStep + t * kTile;
+    const uint16_t *columns[N], *ahead[N];
+    for (int j = 0; j < N; ++j) {
+      columns[j] = tiles.values[t] + (dimension + j * 16) * 2;
+      if (next) ahead[j] = next->values[t] + (dimension + j * 16) * 2;
     }
-    for (int r = 0; r < R; ++r) store(acc[r] + d, sum[r]);
+    add_products<R, N>(rows, columns, kTile / 2, 2 * head_dim, next ? ahead : nullptr, sum);
   }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) store(acc[r] + dimension + j * 16, sum[r][j]);
+}
+
+template <int R>
+inline void score(const KeyStep& tiles, const KeyStep* next, const Factor* const* q, int head_dim,
+                  float* scores) {
+  int t = 0;
+  for (; t + kWide <= tiles.count; t += kWide)
+    score_tiles<R, kWide>(tiles, t, next, q, head_dim, scores);
+  for (; t < tiles.count; ++t) score_tiles<R, 1>(tiles, t, next, q, head_dim, scores);
+}
+
+template <int R>
+inline void add_values(const KeyStep& tiles, const KeyStep* next, const Factor* p, int head_dim,
+                       float* const* acc) {
+  int d = 0;
+  for (; d + kWide * 16 <= head_dim; d += kWide * 16)
+    add_values<R, kWide>(tiles, d, next, p, head_dim, acc);
+  for (; d < head_dim; d += 16) add_values<R, 1>(tiles, d, next, p, head_dim, acc);
 }
 
 // Rows of one item: a query's position, its vector, its running result.
@@ -165,92 +230,162 @@ struct Rows {
   int count;
   int position[kMaxItemRows];
   int lowest[kMaxItemRows];  // the first key it may see
-  const float* q[kMaxItemRows];
+  const Factor* q[kMaxItemRows];
   Partial result[kMaxItemRows];
   float* acc[kMaxItemRows];
 };
+
+// What a thread needs to attend: [row][64] scores and probabilities, [row][head_dim] queries, one
+// tile of values, and the sums of a span and of all spans.
+struct Scratch {
+  float* scores;
+  Factor* p;
+  Factor* q;
+  uint16_t* tail;
+  float *span_acc, *total_acc;
+
+  Scratch(float* base, int head_dim) : scores(base) {
+    const size_t rows = kMaxItemRows, dim = size_t(head_dim);
+    span_acc = scores + rows * kStep;
+    total_acc = span_acc + rows * dim;
+    tail = reinterpret_cast<uint16_t*>(total_acc + rows * dim);
+    q = reinterpret_cast<Factor*>(tail + kTile * dim);
+#if HW_BF16
+    p = q + rows * dim;
+#else
+    p = scores;  // in place
+#endif
+  }
+
+  // in floats
+  static size_t size(int head_dim) {
+    return kMaxItemRows * (2 * size_t(kStep) + 3 * size_t(head_dim)) + kTile * size_t(head_dim) / 2;
+  }
+};
+
+// Sixteen probabilities.
+inline void put_factors(F16 values, Factor* to) {
+#if HW_BF16
+  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(values.v));
+#else
+  store(to, values);
+#endif
+}
+
+// The query as the products want it: itself, or a copy.
+inline const Factor* factors(const float* query, int head_dim, Factor* to) {
+#if HW_BF16
+  for (int d = 0; d < head_dim; d += 16) put_factors(load(query + d), to + d);
+  return to;
+#else
+  (void)head_dim, (void)to;
+  return query;
+#endif
+}
 
 inline void mask_scores(float* scores, int first_key, int num_keys, int lowest, int position) {
   for (int i = 0; i < num_keys; ++i)
     if (first_key + i > position || first_key + i < lowest) scores[i] = kNothing;
 }
 
+// Scores of one row -> probabilities, with the row's maximum, sum and values so far brought along.
+inline void soften(float* scores, int num_tiles, int head_dim, Partial& result, float* acc,
+                   Factor* p) {
+  F16 largest = load(scores);
+  for (int t = 1; t < num_tiles; ++t) largest = max(largest, load(scores + t * kTile));
+  const float top = std::max(result.max, max_lanes(largest));
+  if (top == kNothing) {  // nothing to see here, for this row: exactly nothing happens
+    for (int t = 0; t < num_tiles; ++t) put_factors(zero(), p + t * kTile);
+    return;
+  }
+  F16 sum = zero();
+  for (int t = 0; t < num_tiles; ++t) {
+    const F16 probability = exp2(add(load(scores + t * kTile), splat(-top)));
+    put_factors(probability, p + t * kTile);
+    sum = add(sum, probability);
+  }
+  if (top != result.max) {
+    float shrink[16];
+    store(shrink, exp2(splat(result.max - top)));
+    result.sum *= shrink[0];
+    for (int d = 0; d < head_dim; d += 16) store(acc + d, mul(load(acc + d), splat(shrink[0])));
+    result.max = top;
+  }
+  result.sum += sum_lanes(sum);
+}
+
+// The tiles of the keys [first, last); none where first >= last.
+inline KeyStep tiles_of(const Heads& h, const Cache& cache, const Sequence& seq, int head, int first,
+                        int last) {
+  KeyStep step;
+  step.count = first < last ? (std::min(kStep, last - first) + kTile - 1) / kTile : 0;
+  const int tiles_per_block = h.block_size / kTile;
+  for (int t = 0; t < step.count; ++t) {
+    const int tile = first / kTile + t;
+    const int64_t block = seq.block_table[tile / tiles_per_block];
+    step.keys[t] = cache.tile(h, 0, block, head, tile % tiles_per_block);
+    step.values[t] = cache.tile(h, 1, block, head, tile % tiles_per_block);
+  }
+  for (int t = std::max(1, step.count); step.count && t < kStep / kTile; ++t) {
+    step.keys[t] = step.keys[0];
+    step.values[t] = step.values[0];
+  }
+  return step;
+}
+
 // The keys [first, last) of one span, `first` a multiple of 64.
 inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq, int head,
-                        int first, int last, Rows& rows, float* scores) {
+                        int first, int last, Rows& rows, const Scratch& own) {
   int lowest = rows.lowest[0];
   for (int r = 1; r < rows.count; ++r) lowest = std::min(lowest, rows.lowest[r]);
-  const int tiles_per_block = h.block_size / kTile;
-  for (int key = first; key < last; key += kStep) {
-    if (key + kStep <= lowest) continue;
-    const int num_tiles = (std::min(kStep, last - key) + kTile - 1) / kTile;
-    const uint16_t *keys[kStep / kTile], *values[kStep / kTile];
-    uint16_t* spare = reinterpret_cast<uint16_t*>(scores + kMaxItemRows * kStep);
-    for (int t = 0; t < num_tiles; ++t) {
-      const int tile = key / kTile + t;
-      const int64_t block = seq.block_table[tile / tiles_per_block];
-      keys[t] = cache.tile(h, 0, block, head, tile % tiles_per_block);
-      values[t] = cache.tile(h, 1, block, head, tile % tiles_per_block);
-    }
-    if (key + num_tiles * kTile > last) {
+  if (lowest > first) first += (lowest - first) / kStep * kStep;
+  const int dim = h.head_dim;
+  KeyStep tiles = tiles_of(h, cache, seq, head, first, last), following;
+  for (int key = first; key < last; key += kStep, tiles = following) {
+    following = tiles_of(h, cache, seq, head, key + kStep, last);
+    const int end = tiles.count * kTile;
+    if (key + end > last) {
       // Behind the last key lies what an earlier owner of the block left, or nothing yet. Its
       // probability is zero, but zero times infinity is not: use a copy with zeros there.
-      const uint16_t* tail = values[num_tiles - 1];
-      const int kept = last - (key + (num_tiles - 1) * kTile);
-      std::memcpy(spare, tail, size_t(kTile) * h.head_dim * 2);
+      const int kept = last - (key + end - kTile);
+      std::memcpy(own.tail, tiles.values[tiles.count - 1], size_t(kTile) * dim * 2);
       for (int lane = kept; lane < kTile; ++lane)
-        for (int d = 0; d < h.head_dim; ++d)
-          spare[((lane / 2) * h.head_dim + d) * 2 + lane % 2] = 0;
-      values[num_tiles - 1] = spare;
+        for (int d = 0; d < dim; ++d) own.tail[((lane / 2) * dim + d) * 2 + lane % 2] = 0;
+      tiles.values[tiles.count - 1] = own.tail;
     }
+    const KeyStep* next = following.count ? &following : nullptr;
     for (int r = 0; r < rows.count;) {
       const int left = rows.count - r;
-      const int width = left >= 4 ? 4 : left;
-      for (int t = 0; t < num_tiles; ++t) {
-        float* to = scores + r * kStep + t * kTile;
-        switch (width) {
-          case 4: score_tile<4>(keys[t], rows.q + r, h.head_dim, to, kStep); break;
-          case 3: score_tile<3>(keys[t], rows.q + r, h.head_dim, to, kStep); break;
-          case 2: score_tile<2>(keys[t], rows.q + r, h.head_dim, to, kStep); break;
-          default: score_tile<1>(keys[t], rows.q + r, h.head_dim, to, kStep);
-        }
+      int width = std::min(left, kRowsTogether);
+      if (width == 5) width = 4;
+      float* scores = own.scores + r * kStep;
+      Factor* p = own.p + r * kStep;
+      const auto q = rows.q + r;
+      switch (width) {
+#if HW_BF16
+        case 6: score<6>(tiles, next, q, dim, scores); break;
+#endif
+        case 4: score<4>(tiles, next, q, dim, scores); break;
+        case 3: score<3>(tiles, next, q, dim, scores); break;
+        case 2: score<2>(tiles, next, q, dim, scores); break;
+        default: score<1>(tiles, next, q, dim, scores);
       }
       for (int i = r; i < r + width; ++i) {
-        float* row = scores + i * kStep;
-        const int end = num_tiles * kTile;
+        float* row = own.scores + i * kStep;
         if (key + end - 1 > rows.position[i] || key < rows.lowest[i])
           mask_scores(row, key, end, rows.lowest[i], rows.position[i]);
-        F16 largest = load(row);
-        for (int t = 1; t < num_tiles; ++t) largest = max(largest, load(row + t * kTile));
-        Partial& result = rows.result[i];
-        const float top = std::max(result.max, max_lanes(largest));
-        if (top == kNothing) {  // nothing to see here, for this row: exactly nothing happens
-          for (int t = 0; t < num_tiles; ++t) store(row + t * kTile, zero());
-          continue;
-        }
-        F16 sum = zero();
-        for (int t = 0; t < num_tiles; ++t) {
-          const F16 p = exp2(add(load(row + t * kTile), splat(-top)));
-          store(row + t * kTile, p);
-          sum = add(sum, p);
-        }
-        if (top != result.max) {
-          float shrink[16];
-          store(shrink, exp2(splat(result.max - top)));
-          result.sum *= shrink[0];
-          for (int d = 0; d < h.head_dim; d += 16)
-            store(rows.acc[i] + d, mul(load(rows.acc[i] + d), splat(shrink[0])));
-          result.max = top;
-        }
-        result.sum += sum_lanes(sum);
+        soften(row, tiles.count, dim, rows.result[i], rows.acc[i], own.p + i * kStep);
       }
-      const float* p = scores + r * kStep;
       switch (width) {
-        case 4: add_values<4>(values, num_tiles, p, kStep, h.head_dim, rows.acc + r); break;
-        case 3: add_values<3>(values, num_tiles, p, kStep, h.head_dim, rows.acc + r); break;
-        case 2: add_values<2>(values, num_tiles, p, kStep, h.head_dim, rows.acc + r); break;
-        default: add_values<1>(values, num_tiles, p, kStep, h.head_dim, rows.acc + r);
+#if HW_BF16
+        case 6: add_values<6>(tiles, next, p, dim, rows.acc + r); break;
+#endif
+        case 4: add_values<4>(tiles, next, p, dim, rows.acc + r); break;
+        case 3: add_values<3>(tiles, next, p, dim, rows.acc + r); break;
+        case 2: add_values<2>(tiles, next, p, dim, rows.acc + r); break;
+        default: add_values<1>(tiles, next, p, dim, rows.acc + r);
       }
+      next = nullptr;  // it is on its way
       r += width;
     }
   }
@@ -279,11 +414,6 @@ inline void put_attended(const Partial& result, const float* acc, int head_dim, 
   for (int d = 0; d < head_dim; d += 16) store(out + d, mul(load(acc + d), scale));
 }
 
-// Scratch of one thread, in floats: scores, a tile of values, accumulators of a span and of all.
-inline size_t attention_scratch(int head_dim) {
-  return size_t(kMaxItemRows) * (kStep + 2 * size_t(head_dim)) + size_t(kTile) * head_dim / 2;
-}
-
 struct Attention {
   Heads heads;
   Cache cache;
@@ -300,9 +430,7 @@ inline void run_item(const Attention& a, const Item& item, float* scratch) {
   const Heads& h = a.heads;
   const Sequence& seq = a.sequences[item.sequence];
   const int group = h.group(), dim = h.head_dim;
-  float* scores = scratch;
-  float* span_acc = scores + kMaxItemRows * kStep + kTile * dim / 2;
-  float* total_acc = span_acc + kMaxItemRows * dim;
+  const Scratch own(scratch, dim);
   // A wide group (more than 24 query heads on one KV head) goes in several passes.
   for (int from = 0; from < item.count * group; from += kMaxItemRows) {
     Rows rows;
@@ -314,7 +442,9 @@ inline void run_item(const Attention& a, const Item& item, float* scratch) {
       const int position = seq.seq_len - seq.num_queries + query;
       rows.position[r] = position;
       rows.lowest[r] = a.window ? std::max(0, position - a.window + 1) : 0;
-      rows.q[r] = a.q + size_t(seq.query_start + query) * a.q_stride + (item.head * group + lane) * dim;
+      const float* q =
+          a.q + size_t(seq.query_start + query) * a.q_stride + (item.head * group + lane) * dim;
+      rows.q[r] = factors(q, dim, own.q + r * dim);
       last = std::max(last, position + 1);
       total[r] = {kNothing, 0.0f};
     }
@@ -323,21 +453,21 @@ inline void run_item(const Attention& a, const Item& item, float* scratch) {
     for (int span = begin; span < end; ++span) {
       for (int r = 0; r < rows.count; ++r) {
         rows.result[r] = {kNothing, 0.0f};
-        rows.acc[r] = item.span < 0 ? span_acc + r * dim
+        rows.acc[r] = item.span < 0 ? own.span_acc + r * dim
                                     : a.partial_acc + size_t(item.partial + from + r) * dim;
         std::memset(rows.acc[r], 0, size_t(dim) * 4);
       }
       attend_span(h, a.cache, seq, item.head, span * kSpan, std::min(last, (span + 1) * kSpan),
-                  rows, scores);
+                  rows, own);
       for (int r = 0; r < rows.count; ++r) {
-        if (item.span < 0) merge(total[r], total_acc + r * dim, rows.result[r], rows.acc[r], dim);
+        if (item.span < 0) merge(total[r], own.total_acc + r * dim, rows.result[r], rows.acc[r], dim);
         else a.partials[item.partial + from + r] = rows.result[r];
       }
     }
     if (item.span >= 0) continue;
     for (int r = 0; r < rows.count; ++r) {
       const int query = item.first + (from + r) / group, lane = (from + r) % group;
-      put_attended(total[r], total_acc + r * dim, dim,
+      put_attended(total[r], own.total_acc + r * dim, dim,
                    a.out + (size_t(seq.query_start + query) * h.num_heads + item.head * group + lane) * dim);
     }
   }

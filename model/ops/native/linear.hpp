@@ -107,8 +107,8 @@ inline void unpack_row(const Matrix& m, int row, float* out) {
 
 // --------------------------------------------------------------- exact dots of a group of 32
 //
-// `Dots<kind>::group<M>` multiplies the 16 x 32 weights of one group with that group of M rows. The
-// results are integers, given as floats.
+// The 16 x 32 weights of one group times that group of M rows. The results are integers, given as
+// floats.
 
 inline int32_t four_bytes(const int8_t* p) {
   int32_t value;
@@ -118,10 +118,8 @@ inline int32_t four_bytes(const int8_t* p) {
 
 #if HW_AVX512
 
-constexpr int kMaxRows = 8;
-
 template <int M>
-inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+inline void dots_q4(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
   const __m512i low_mask = _mm512_set1_epi8(15);
   __m512i sum[M];
   for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_si512();
@@ -132,67 +130,62 @@ inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_mask);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      sum[m] = _mm512_dpbusd_epi32(sum[m], low, _mm512_set1_epi32(four_bytes(q[m] + step * 8)));
+      sum[m] = _mm512_dpbusd_epi32(sum[m], low, _mm512_set1_epi32(four_bytes(rows[m].q + step * 8)));
       sum[m] =
-          _mm512_dpbusd_epi32(sum[m], high, _mm512_set1_epi32(four_bytes(q[m] + step * 8 + 4)));
+          _mm512_dpbusd_epi32(sum[m], high, _mm512_set1_epi32(four_bytes(rows[m].q + step * 8 + 4)));
     }
   }
   for (int m = 0; m < M; ++m) dot[m].v = _mm512_cvtepi32_ps(sum[m]);
 }
 
 // The weights are signed and `vpdpbusd` wants them unsigned: q + 128 is q with its top bit turned,
-// and 128 * sum(activation) is taken away again, in integers.
+// and 128 * sum(activation) is taken away beforehand.
 template <int M>
-inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+inline void dots_q8(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
   const __m512i turn = _mm512_set1_epi8(int8_t(-128));
-  __m512i sum[M], offset[M];
-  for (int m = 0; m < M; ++m) sum[m] = offset[m] = _mm512_setzero_si512();
+  __m512i sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm512_set1_epi32(-128 * rows[m].sum);
 #pragma GCC unroll 8
   for (int step = 0; step < 8; ++step) {
     const __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(tile + step * 64), turn);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const __m512i four = _mm512_set1_epi32(four_bytes(q[m] + step * 4));
-      sum[m] = _mm512_dpbusd_epi32(sum[m], weights, four);
-      offset[m] = _mm512_dpbusd_epi32(offset[m], turn, four);
-    }
+    for (int m = 0; m < M; ++m)
+      sum[m] = _mm512_dpbusd_epi32(sum[m], weights,
+                                   _mm512_set1_epi32(four_bytes(rows[m].q + step * 4)));
   }
-  for (int m = 0; m < M; ++m)
-    dot[m].v = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[m], offset[m]));
+  for (int m = 0; m < M; ++m) dot[m].v = _mm512_cvtepi32_ps(sum[m]);
 }
 
 #elif HW_AVX2
-
-constexpr int kMaxRows = 4;
 
 // Half a tile: 8 outputs. 8 products of at most 15 * 127, two by two, stay within int16: 8 * 2 * 15
 // * 127 = 30480. The steps are unrolled for one row only: with more rows, an unrolled loop needs more
 // registers than there are.
 template <int M>
-inline void half_q4_step(const uint8_t* tile, const int8_t* const* q, int step, __m256i* sum) {
+inline void half_q4_step(const uint8_t* tile, const QuantGroup* rows, int step, __m256i* sum) {
   const __m256i low_mask = _mm256_set1_epi8(15);
   const __m256i both = _mm256_loadu_si256((const __m256i*)(tile + step * 64));
   const __m256i low = _mm256_and_si256(both, low_mask);
   const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_mask);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
-    const __m256i a = _mm256_set1_epi32(four_bytes(q[m] + step * 8));
-    const __m256i b = _mm256_set1_epi32(four_bytes(q[m] + step * 8 + 4));
+    const __m256i a = _mm256_set1_epi32(four_bytes(rows[m].q + step * 8));
+    const __m256i b = _mm256_set1_epi32(four_bytes(rows[m].q + step * 8 + 4));
     sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, a));
     sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, b));
   }
 }
 
 template <int M>
-inline void half_q4(const uint8_t* tile, const int8_t* const* q, __m256* dot) {
+inline void half_q4(const uint8_t* tile, const QuantGroup* rows, __m256* dot) {
   __m256i sum[M];
   for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
   if (M == 1) {
 #pragma GCC unroll 4
-    for (int step = 0; step < 4; ++step) half_q4_step<M>(tile, q, step, sum);
+    for (int step = 0; step < 4; ++step) half_q4_step<M>(tile, rows, step, sum);
   } else {
 #pragma GCC unroll 1
-    for (int step = 0; step < 4; ++step) half_q4_step<M>(tile, q, step, sum);
+    for (int step = 0; step < 4; ++step) half_q4_step<M>(tile, rows, step, sum);
   }
   for (int m = 0; m < M; ++m)
     dot[m] = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[m], _mm256_set1_epi16(1)));
@@ -201,75 +194,73 @@ inline void half_q4(const uint8_t* tile, const int8_t* const* q, __m256* dot) {
 // `vpmaddubsw` saturates on unsigned bytes beyond 127: |weight| <= 127 with its sign moved to the
 // activation stays within int16 (2 * 127 * 127), but two of them do not.
 template <int M>
-inline void half_q8_step(const uint8_t* tile, const int8_t* const* q, int step, __m256i* sum) {
+inline void half_q8_step(const uint8_t* tile, const QuantGroup* rows, int step, __m256i* sum) {
   const __m256i weights = _mm256_loadu_si256((const __m256i*)(tile + step * 64));
   const __m256i size = _mm256_abs_epi8(weights);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
-    const __m256i four = _mm256_set1_epi32(four_bytes(q[m] + step * 4));
+    const __m256i four = _mm256_set1_epi32(four_bytes(rows[m].q + step * 4));
     const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, weights));
     sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 }
 
 template <int M>
-inline void half_q8(const uint8_t* tile, const int8_t* const* q, __m256* dot) {
+inline void half_q8(const uint8_t* tile, const QuantGroup* rows, __m256* dot) {
   __m256i sum[M];
   for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
   if (M == 1) {
 #pragma GCC unroll 8
-    for (int step = 0; step < 8; ++step) half_q8_step<M>(tile, q, step, sum);
+    for (int step = 0; step < 8; ++step) half_q8_step<M>(tile, rows, step, sum);
   } else {
 #pragma GCC unroll 1
-    for (int step = 0; step < 8; ++step) half_q8_step<M>(tile, q, step, sum);
+    for (int step = 0; step < 8; ++step) half_q8_step<M>(tile, rows, step, sum);
   }
   for (int m = 0; m < M; ++m) dot[m] = _mm256_cvtepi32_ps(sum[m]);
 }
 
 template <int M>
-inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+inline void dots_q4(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
   __m256 half[M];
-  half_q4<M>(tile, q, half);
+  half_q4<M>(tile, rows, half);
   for (int m = 0; m < M; ++m) dot[m].lo = half[m];
-  half_q4<M>(tile + 32, q, half);
+  half_q4<M>(tile + 32, rows, half);
   for (int m = 0; m < M; ++m) dot[m].hi = half[m];
 }
 
 template <int M>
-inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+inline void dots_q8(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
   __m256 half[M];
-  half_q8<M>(tile, q, half);
+  half_q8<M>(tile, rows, half);
   for (int m = 0; m < M; ++m) dot[m].lo = half[m];
-  half_q8<M>(tile + 32, q, half);
+  half_q8<M>(tile + 32, rows, half);
   for (int m = 0; m < M; ++m) dot[m].hi = half[m];
 }
 
 #else
 
-constexpr int kMaxRows = 4;
-
 template <int M>
-inline void dots_q4(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+inline void dots_q4(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
   for (int m = 0; m < M; ++m) {
     int32_t sum[16] = {0};
     for (int step = 0; step < 4; ++step)
       for (int lane = 0; lane < 16; ++lane)
         for (int i = 0; i < 4; ++i) {
           const int both = tile[step * 64 + lane * 4 + i];
-          sum[lane] += (both & 15) * q[m][step * 8 + i] + (both >> 4) * q[m][step * 8 + 4 + i];
+          sum[lane] += (both & 15) * rows[m].q[step * 8 + i] + (both >> 4) * rows[m].q[step * 8 + 4 + i];
         }
     for (int lane = 0; lane < 16; ++lane) dot[m].v[lane] = float(sum[lane]);
   }
 }
 
 template <int M>
-inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
+inline void dots_q8(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
   for (int m = 0; m < M; ++m) {
     int32_t sum[16] = {0};
     for (int step = 0; step < 8; ++step)
       for (int lane = 0; lane < 16; ++lane)
         for (int i = 0; i < 4; ++i)
-          sum[lane] += int(int8_t(tile[step * 64 + lane * 4 + i])) * q[m][step * 4 + i];
+          sum[lane] += int(int8_t(tile[step * 64 + lane * 4 + i])) * rows[m].q[step * 4 + i];
     for (int lane = 0; lane < 16; ++lane) dot[m].v[lane] = float(sum[lane]);
   }
 }
@@ -279,10 +270,11 @@ inline void dots_q8(const uint8_t* tile, const int8_t* const* q, F16* dot) {
 // ------------------------------------------------------------------------ a strip times M rows
 
 // Where the results of a strip go: y[row * stride + output], stored or added to what is there.
+// `pairs`: two rows beside each other are the parts of one.
 struct Output {
   float* y;
   int stride;
-  bool add;
+  bool add, pairs;
 };
 
 inline void put(const Matrix& m, int strip, int row, F16 value, Output out) {
@@ -298,40 +290,42 @@ inline void put(const Matrix& m, int strip, int row, F16 value, Output out) {
   for (int i = 0; i < width; ++i) to[i] = out.add ? to[i] + lanes[i] : lanes[i];
 }
 
+// Rows row .. row + M - 1, all of one block. `fetch`: the weights are still in memory.
 template <int M, bool q4>
-inline void strip_quantized(const Matrix& m, int strip, const char* rows, int row, Output out) {
+inline void strip_quantized(const Matrix& m, int strip, QuantRow first, int row, bool fetch,
+                            Output out) {
   const int groups = m.cols / kGroup;
-  const uint8_t* data = m.data + size_t(strip) * strip_bytes(m.kind, m.cols);
-  const int8_t* q[M];
-  QuantRow r[M];
-  F16 y[M];
-  for (int i = 0; i < M; ++i) {
-    r[i] = quant_row(const_cast<char*>(rows), m.cols, row + i);
-    y[i] = zero();
-  }
   const size_t tile_bytes = q4 ? 256 : 512;
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(data + groups * tile_bytes);
+  const uint8_t* tile = m.data + size_t(strip) * strip_bytes(m.kind, m.cols);
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(tile + groups * tile_bytes);
+  const QuantGroup* rows = first.first;
+  F16 y[M];
+  for (int i = 0; i < M; ++i) y[i] = zero();
   for (int g = 0; g < groups; ++g) {
-    F16 dot[M];
-    for (int i = 0; i < M; ++i) q[i] = r[i].q + g * kGroup;
-    // The weights of few rows come from memory; the CPU's own prefetcher stops at each page.
-    if (M <= 2)
+    if (fetch)  // the CPU's own prefetcher stops at each page
       for (size_t line = 0; line < tile_bytes; line += 64)
-        __builtin_prefetch(data + g * tile_bytes + kAhead + line);
+        __builtin_prefetch(tile + kAhead + line);
+    F16 dot[M];
     if (q4) {
-      dots_q4<M>(data + g * tile_bytes, q, dot);
-      const F16 scale = load_half(scales + g * 32), minimum = load_half(scales + g * 32 + 16);
+      dots_q4<M>(tile, rows, dot);
+      const F16 scale = load_half(scales), minimum = load_half(scales + 16);
       for (int i = 0; i < M; ++i) {
-        y[i] = fma(dot[i], mul(scale, splat(r[i].d[g])), y[i]);
-        y[i] = fma(minimum, splat(r[i].s[g]), y[i]);
+        y[i] = fma(dot[i], mul(scale, splat(rows[i].d)), y[i]);
+        y[i] = fma(minimum, splat(rows[i].s), y[i]);
       }
     } else {
-      dots_q8<M>(data + g * tile_bytes, q, dot);
-      const F16 scale = load_half(scales + g * 16);
-      for (int i = 0; i < M; ++i) y[i] = fma(dot[i], mul(scale, splat(r[i].d[g])), y[i]);
+      dots_q8<M>(tile, rows, dot);
+      const F16 scale = load_half(scales);
+      for (int i = 0; i < M; ++i) y[i] = fma(dot[i], mul(scale, splat(rows[i].d)), y[i]);
     }
+    tile += tile_bytes;
+    scales += q4 ? 32 : 16;
+    rows += first.stride;
   }
-  for (int i = 0; i < M; ++i) put(m, strip, row + i, y[i], out);
+  if (out.pairs)
+    for (int i = 0; i + 1 < M; i += 2) put(m, strip, (row + i) / 2, add(y[i], y[i + 1]), out);
+  else
+    for (int i = 0; i < M; ++i) put(m, strip, row + i, y[i], out);
 }
 
 template <int M>
@@ -350,16 +344,22 @@ inline void strip_plain(const Matrix& m, int strip, const float* x, int row, Out
   for (int i = 0; i < M; ++i) put(m, strip, row + i, y[i], out);
 }
 
-// One strip times rows [first, last). `rows` are quantised rows or fp32 ones, as the matrix wants.
-inline void strip_rows(const Matrix& m, int strip, const char* rows, int first, int last,
+// One strip times rows [first, last) of `num_rows`, `first` a multiple of 8. `rows` are quantised
+// rows or fp32 ones, as the matrix wants.
+inline void strip_rows(const Matrix& m, int strip, char* rows, int num_rows, int first, int last,
                        Output out) {
   const float* x = reinterpret_cast<const float*>(rows);
+  const bool quantized = is_quantized(m);
   int row = first;
-#define HW_ROWS(M)                                                               \
-  for (; row + M <= last; row += M) {                                            \
-    if (m.kind == kQ4) strip_quantized<M, true>(m, strip, rows, row, out);       \
-    else if (m.kind == kQ8) strip_quantized<M, false>(m, strip, rows, row, out); \
-    else strip_plain<M>(m, strip, x, row, out);                                  \
+#define HW_ROWS(M)                                                                    \
+  for (; row + M <= last; row += M) {                                                 \
+    if (!quantized) {                                                                 \
+      strip_plain<M>(m, strip, x, row, out);                                          \
+      continue;                                                                       \
+    }                                                                                 \
+    const QuantRow at = quant_row(rows, num_rows, m.cols, row);                       \
+    if (m.kind == kQ4) strip_quantized<M, true>(m, strip, at, row, row == 0, out);    \
+    else strip_quantized<M, false>(m, strip, at, row, row == 0, out);                 \
   }
 #if HW_AVX512
   HW_ROWS(8)

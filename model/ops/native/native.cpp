@@ -27,7 +27,8 @@ struct Instruction {
   int32_t add;      // linear: add to `out` instead of storing
   int32_t layer, window;
   float eps;
-  Matrix matrix;         // embed, linear
+  int32_t parts, padding;  // linear: int8 parts of a quantised row, 1 or 2
+  Matrix matrix;           // embed, linear
   const float* norm;     // linear with kNormed, norm
   const float* q_norm;   // rope: norms of the heads before they turn, or null
   const float* k_norm;
@@ -81,7 +82,7 @@ class Run {
       const Instruction& op = model.instructions[i];
       attends |= op.op == kAttend;
       if (op.op != kLinear) continue;
-      row_bytes = std::max(row_bytes, prepared_bytes(op.matrix));
+      row_bytes = std::max(row_bytes, prepared_bytes(op));
       widest = std::max(widest, size_t(op.matrix.cols));
     }
     if (attends) {
@@ -92,7 +93,7 @@ class Run {
     grow(engine.rows, row_bytes * step.num_tokens + 64);
     row_scratch_ = (widest * 4 + 63) / 64 * 64;
     const size_t each = row_scratch_ + row_bytes * kFewRows +
-                        attention_scratch(std::max(model.heads.head_dim, 16)) * 4 + 128;
+                        Scratch::size(std::max(model.heads.head_dim, 16)) * 4 + 128;
     for (auto& own : engine.scratch) grow(own, each);
     for (auto& tiles : engine.tiles) tiles.reset();
   }
@@ -121,8 +122,9 @@ class Run {
     if (v.size() < size) v.resize(size);
   }
 
-  static size_t prepared_bytes(const Matrix& m) {
-    return is_quantized(m) ? quant_bytes(m.cols) : size_t(m.cols) * 4;
+  static size_t prepared_bytes(const Instruction& op) {
+    const Matrix& m = op.matrix;
+    return is_quantized(m) ? quant_bytes(m.cols) * op.parts : size_t(m.cols) * 4;
   }
 
   float* row(int buffer, int t) const {
@@ -158,42 +160,49 @@ class Run {
     unpack_row(op.matrix, int(step_.token_ids[t]), row(op.out, t));
   }
 
-  // Row t on its way into the matrix: norm or silu, then int8 where the matrix is quantised.
-  void prepare(const Instruction& op, int t, char* own, char* rows, int to) const {
+  // Row t on its way into the matrix: norm or silu, then int8 where the matrix is quantised. A
+  // second part is what the first one left.
+  void prepare(const Instruction& op, int t, char* own, char* rows) const {
     const int cols = op.matrix.cols;
     const bool quantized = is_quantized(op.matrix);
     const float* x = row(op.in, t);
     float* plain = quantized ? reinterpret_cast<float*>(own)
-                             : reinterpret_cast<float*>(rows) + size_t(to) * cols;
+                             : reinterpret_cast<float*>(rows) + size_t(t) * cols;
     if (op.transform == kNormed) rms_norm(x, op.norm, op.eps, cols, plain);
     else if (op.transform == kSilu) silu_and_mul(x, cols, plain);
-    else if (quantized) plain = const_cast<float*>(x);
-    else std::memcpy(plain, x, size_t(cols) * 4);
-    if (quantized) quantize(plain, cols, quant_row(rows, cols, to));
+    else if (!quantized || op.parts == 2) std::memcpy(plain, x, size_t(cols) * 4);
+    else plain = const_cast<float*>(x);
+    if (!quantized) return;
+    const int num_rows = step_.num_tokens * op.parts;
+    const QuantRow first = quant_row(rows, num_rows, cols, t * op.parts);
+    quantize(plain, cols, first);
+    if (op.parts == 1) return;
+    take_away(plain, cols, first);
+    quantize(plain, cols, quant_row(rows, num_rows, cols, t * 2 + 1));
   }
 
   void linear(const Instruction& op, int thread, int& phase) {
-    const int tokens = step_.num_tokens;
+    const int tokens = step_.num_tokens, parts = is_quantized(op.matrix) ? op.parts : 1;
     char* own = aligned(engine_.scratch[size_t(thread)].data());
     char* rows;
     if (tokens <= kFewRows) {
       rows = own + row_scratch_;
-      for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows, t);
+      for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows);
     } else {
       rows = aligned(engine_.rows.data());
-      by_token(phase, [&](int t) { prepare(op, t, own, rows, t); });
+      by_token(phase, [&](int t) { prepare(op, t, own, rows); });
     }
-    const Output out{step_.buffers[op.out], step_.widths[op.out], op.add != 0};
-    const int strips = num_strips(op.matrix);
-    const int chunks = (tokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    const Output out{step_.buffers[op.out], step_.widths[op.out], op.add != 0, parts == 2};
+    const int strips = num_strips(op.matrix), num_rows = tokens * parts;
+    const int chunks = (num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
     // A few strips at a time where there are many, so that claiming costs nothing.
     const int at_once = std::max(1, std::min(8, strips / (engine_.team.size() * 8)));
     const int groups = (strips + at_once - 1) / at_once;
     shared(phase, groups * chunks, [&](int i) {
-      const int first = i / chunks * at_once, chunk = i % chunks;
-      const int last_row = std::min(tokens, (chunk + 1) * kRowsAtOnce);
+      const int first = i / chunks * at_once, chunk = i % chunks * kRowsAtOnce;
+      const int last_row = std::min(num_rows, chunk + kRowsAtOnce);
       for (int strip = first; strip < std::min(strips, first + at_once); ++strip)
-        strip_rows(op.matrix, strip, rows, chunk * kRowsAtOnce, last_row, out);
+        strip_rows(op.matrix, strip, rows, num_rows, chunk, last_row, out);
     });
   }
 
@@ -246,7 +255,9 @@ class Run {
 extern "C" {
 
 const char* hw_instruction_set() {
-#if HW_AVX512
+#if HW_BF16
+  return "avx512-vnni-bf16";
+#elif HW_AVX512
   return "avx512-vnni";
 #elif HW_AVX2
   return "avx2";

@@ -12,6 +12,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512VNNI__) && !defined(HEADWATER_PORTABLE) && !defined(HEADWATER_AVX2)
 #define HW_AVX512 1
+#if defined(__AVX512BF16__) && !defined(HEADWATER_NO_BF16)
+#define HW_BF16 1
+#endif
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(HEADWATER_PORTABLE)
 #define HW_AVX2 1

@@ -117,6 +117,20 @@ def test_quantized_extremes(ops: NativeOps) -> None:
     assert torch.equal(zeros, torch.zeros_like(zeros))
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_the_head_loses_next_to_nothing_of_its_rows(ops: NativeOps, kind: str) -> None:
+    """Its rows are quantised in two parts; one part alone is a hundred times further away."""
+    weight = raw(kind, 200, 576)
+    head = ops.prepare_linear([weight])
+    x = torch.randn((33, 576), generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ weight.to_torch(torch.float32, torch.device("cpu")).double().T
+    once = (expected_linear(x, weight) - exact).norm()
+    for count in (1, 5, 33):
+        twice = ops.logits(x[:count], head)
+        assert (twice - exact[:count]).norm() < once / 100 * (count / 33) ** 0.5 * 2
+        assert torch.equal(twice, ops.logits(x, head)[:count])
+
+
 def test_norm_into_matrix(ops: NativeOps) -> None:
     weight, norm = raw("F32", 32, 96), vector(96)
     prepared, g = ops.prepare_linear([weight]), ops.prepare_vector(norm)

@@ -32,6 +32,7 @@ THREADS = ["-fsanitize=thread"]
 # them by value has another ABI without AVX-512, which is true and without effect here.
 EMULATED = ["-include", "emulated_avx512.hpp", "-fno-tree-sra", "-Wno-psabi"]
 LONG = pytest.mark.slow
+SETS = ("portable", "avx2", "avx512-vnni", "avx512-vnni-bf16")  # each holds those before it
 # Leaks are not what is looked for, and looking for them needs ptrace, which containers may forbid.
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
 
@@ -59,7 +60,7 @@ def best_set() -> str:
     """What `simd.hpp` chooses for this machine."""
     words = set(compiled("-", "-march=native", "-dM", "-E")[1].split())
     if words >= {"__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512VNNI__"}:
-        return "avx512-vnni"
+        return "avx512-vnni-bf16" if "__AVX512BF16__" in words else "avx512-vnni"
     return "avx2" if words >= {"__AVX2__", "__FMA__", "__F16C__"} else "portable"
 
 
@@ -93,8 +94,10 @@ def check(program: Path, size: str, instruction_set: str) -> None:
     ("forced", "size"),
     [
         ("best", "normal"),
+        ("avx512-vnni", "normal"),
         ("avx2", "normal"),
         pytest.param("best", "long", marks=LONG),
+        pytest.param("avx512-vnni", "long", marks=LONG),
         pytest.param("avx2", "long", marks=LONG),
         pytest.param("portable", "normal", marks=LONG),
         pytest.param("portable", "long", marks=LONG),
@@ -103,7 +106,7 @@ def check(program: Path, size: str, instruction_set: str) -> None:
 def test_no_overrun_no_undefined_behaviour_right_results(
     tmp_path: Path, forced: str, size: str
 ) -> None:
-    if forced == "avx2" and best_set() != "avx512-vnni":
+    if forced != "best" and SETS.index(forced) >= SETS.index(best_set()):
         pytest.skip(f"the best instruction set of this CPU is {best_set()}: `best` covers it")
     program = build(tmp_path, [*kernels._FORCE[forced], *MEMORY])
     check(program, size, best_set() if forced == "best" else forced)
@@ -118,7 +121,7 @@ def test_no_data_race(tmp_path: Path, size: str) -> None:
 @pytest.fixture
 def emulation() -> list[str]:
     """The flags for AVX-512 by SIMDe."""
-    if best_set() == "avx512-vnni":
+    if best_set().startswith("avx512"):
         pytest.skip("this CPU has AVX-512: `best` covers it natively")
     if best_set() != "avx2":
         pytest.skip("the emulation of AVX-512 stands on AVX2, which this CPU does not have")

@@ -17,6 +17,7 @@ struct LinearCase {
   int transform;  // Transform
   bool add, bias;
   Values values = Values::kRandom;
+  bool twice = false;  // quantise rows in two parts
 
   std::string name() const {
     int rows = 0;
@@ -24,7 +25,8 @@ struct LinearCase {
     const char* transforms[] = {"plain", "normed", "silu"};
     return std::string("linear ") + kind_name(kind) + " " + std::to_string(rows) + "x" +
            std::to_string(cols) + " " + transforms[transform] + (add ? " add" : " store") +
-           (bias ? " bias" : "") + (values == Values::kExtreme ? " extreme" : "");
+           (bias ? " bias" : "") + (values == Values::kExtreme ? " extreme" : "") +
+           (twice ? " twice" : "");
   }
 };
 
@@ -35,6 +37,7 @@ inline naive::Activations activations(const LinearCase& c, const std::vector<dou
   std::vector<double> row = x;
   if (c.transform == kNormed) row = naive::rms_norm(x, norm, double(kEps));
   if (c.transform == kSilu) row = naive::silu_and_mul(x);
+  if (c.twice) return naive::quantize_twice(row);
   if (c.kind == kQ4 || c.kind == kQ8) return naive::quantize(row, c.transform == kPlain);
   const std::vector<double> none(row.size(), 0.0);
   return {row, none};
@@ -60,6 +63,7 @@ inline void check_linear(const LinearCase& c, const std::vector<int>& row_counts
 
   Instruction op = instruction(kLinear, 0, 1, Transform(c.transform));
   op.add = c.add;
+  op.parts = c.twice ? 2 : 1;
   op.eps = kEps;
   op.matrix = matrix.c();
   op.norm = c.transform == kNormed ? norm.data() : nullptr;

@@ -130,6 +130,7 @@ inline Instruction instruction(Op op, int in, int out, Transform transform = kPl
   made.transform = transform;
   made.in = in;
   made.out = out;
+  made.parts = 1;
   return made;
 }
 

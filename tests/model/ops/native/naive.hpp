@@ -10,6 +10,8 @@
 #include <cstring>
 #include <vector>
 
+#include "simd.hpp"  // for the name of the instruction set alone
+
 namespace naive {
 
 struct Near {
@@ -95,6 +97,19 @@ inline Activations quantize(const std::vector<double>& x, bool exact) {
   return out;
 }
 
+// int8 twice, the second time what the first one left: the row itself, to half a step of that.
+inline Activations quantize_twice(const std::vector<double>& x) {
+  const Activations once = quantize(x, true);
+  Activations out{x, {}};
+  for (size_t g = 0; g < x.size(); g += 32) {
+    double largest = 0.0;
+    for (size_t i = g; i < g + 32; ++i) largest = std::max(largest, std::fabs(x[i] - once.x[i]));
+    for (size_t i = g; i < g + 32; ++i)
+      out.doubt.push_back(0.51 * largest / 127.0 + 1e-6 * std::fabs(x[i]));
+  }
+  return out;
+}
+
 inline std::vector<Near> multiply(const Weights& w, const Activations& a) {
   std::vector<Near> out;
   for (int r = 0; r < w.rows; ++r) {
@@ -143,7 +158,17 @@ inline void rotate(std::vector<double>& x, const float* cos, const float* sin, i
   for (double& v : x) v *= scale;
 }
 
-// softmax of base 2 over keys [lowest, position], in one go. `q` is scaled already.
+// softmax of base 2 over keys [lowest, position], in one go. `q` is scaled already. Where the CPU
+// multiplies bf16, the query is rounded to it first, and so is each probability on its way to the
+// values: half a step of bf16.
+#if HW_BF16
+inline double factor(float q) { return to_bf16(double(q)); }
+constexpr double kProbabilityError = 1.0 / 256.0;
+#else
+inline double factor(float q) { return double(q); }
+constexpr double kProbabilityError = 0.0;
+#endif
+
 inline std::vector<Near> attend(const Layout& layout, const uint16_t* kv, int head, const float* q,
                                 const std::vector<int64_t>& slots, int lowest, int position) {
   std::vector<double> scores;
@@ -151,7 +176,7 @@ inline std::vector<Near> attend(const Layout& layout, const uint16_t* kv, int he
   for (int key = lowest; key <= position; ++key) {
     double score = 0.0;
     for (int d = 0; d < layout.head_dim; ++d)
-      score += double(q[d]) * from_bf16(kv[layout.key(slots[size_t(key)], head, d)]);
+      score += factor(q[d]) * from_bf16(kv[layout.key(slots[size_t(key)], head, d)]);
     scores.push_back(score);
     top = std::max(top, score);
     largest = std::max(largest, std::fabs(score));
@@ -166,7 +191,7 @@ inline std::vector<Near> attend(const Layout& layout, const uint16_t* kv, int he
       sum += scores[size_t(key - lowest)] * v;
       size += scores[size_t(key - lowest)] * std::fabs(v);
     }
-    out.push_back({sum / total, 2e-6 * (2.0 + largest) * size / total});
+    out.push_back({sum / total, (2e-6 * (2.0 + largest) + kProbabilityError) * size / total});
   }
   return out;
 }

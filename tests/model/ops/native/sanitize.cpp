@@ -28,14 +28,19 @@ void check_linears(bool small) {
         // One group of inputs; one output, part of a strip, several strips and a part.
         check_linear({kind, {1}, 32, transform, add, !add}, few, {2}, ++seed);
         check_linear({kind, {20, 5, 8}, 96, transform, add, add}, few, {3}, ++seed);
+        if (kind == kQ4 || kind == kQ8)
+          check_linear({kind, {33}, 64, transform, add, !add, Values::kRandom, true}, few, {2},
+                       ++seed);
       }
     if (small) continue;
     check_linear({kind, {48}, 160, kNormed, false, true}, many, {1, 2, 3, 4}, ++seed);
     check_linear({kind, {16, 16, 300}, 32, kPlain, true, false}, many, {1, 4}, ++seed);
     check_linear({kind, {40}, 64, kSilu, true, false}, many, {2}, ++seed);
-    if (kind == kQ4 || kind == kQ8)
+    if (kind == kQ4 || kind == kQ8) {
       check_linear({kind, {33}, 64, kPlain, false, false, Values::kExtreme}, many, {2}, ++seed);
-    else  // no groups: as few as a norm takes
+      check_linear({kind, {300}, 160, kPlain, false, true, Values::kRandom, true}, many, {1, 2},
+                   ++seed);
+    } else  // no groups: as few as a norm takes
       check_linear({kind, {7}, 16, kNormed, false, false}, many, {2}, ++seed);
   }
 }
