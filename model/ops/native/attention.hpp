@@ -333,16 +333,17 @@ inline KeyStep tiles_of(const Heads& h, const Cache& cache, const Sequence& seq,
   return step;
 }
 
-// The keys [first, last) of one span, `first` a multiple of 64.
+// The keys [first, last) of one span, `first` a multiple of 64. Those behind them, up to `beyond`,
+// will be wanted next.
 inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq, int head,
-                        int first, int last, Rows& rows, const Scratch& own) {
+                        int first, int last, int beyond, Rows& rows, const Scratch& own) {
   int lowest = rows.lowest[0];
   for (int r = 1; r < rows.count; ++r) lowest = std::min(lowest, rows.lowest[r]);
   if (lowest > first) first += (lowest - first) / kStep * kStep;
   const int dim = h.head_dim;
   KeyStep tiles = tiles_of(h, cache, seq, head, first, last), following;
   for (int key = first; key < last; key += kStep, tiles = following) {
-    following = tiles_of(h, cache, seq, head, key + kStep, last);
+    following = tiles_of(h, cache, seq, head, key + kStep, key + kStep < last ? last : beyond);
     const int end = tiles.count * kTile;
     if (key + end > last) {
       // Behind the last key lies what an earlier owner of the block left, or nothing yet. Its
@@ -458,7 +459,7 @@ inline void run_item(const Attention& a, const Item& item, float* scratch) {
         std::memset(rows.acc[r], 0, size_t(dim) * 4);
       }
       attend_span(h, a.cache, seq, item.head, span * kSpan, std::min(last, (span + 1) * kSpan),
-                  rows, own);
+                  last, rows, own);
       for (int r = 0; r < rows.count; ++r) {
         if (item.span < 0) merge(total[r], own.total_acc + r * dim, rows.result[r], rows.acc[r], dim);
         else a.partials[item.partial + from + r] = rows.result[r];

@@ -21,7 +21,7 @@
 namespace hw {
 
 constexpr int kStrip = 16;
-constexpr int kAhead = 2048;  // bytes of weights to ask for beforehand
+constexpr int kAhead = 12288;  // bytes of weights to ask for beforehand
 
 enum Kind : int32_t { kQ4 = 0, kQ8 = 1, kBF16 = 2, kF32 = 3 };
 
@@ -299,12 +299,14 @@ inline void strip_quantized(const Matrix& m, int strip, QuantRow first, int row,
   const uint8_t* tile = m.data + size_t(strip) * strip_bytes(m.kind, m.cols);
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(tile + groups * tile_bytes);
   const QuantGroup* rows = first.first;
+  const size_t share = strip_bytes(m.kind, m.cols) / groups;  // of a group, scales and all
+  const uint8_t* ahead = tile + kAhead;
   F16 y[M];
   for (int i = 0; i < M; ++i) y[i] = zero();
   for (int g = 0; g < groups; ++g) {
     if (fetch)  // the CPU's own prefetcher stops at each page
-      for (size_t line = 0; line < tile_bytes; line += 64)
-        __builtin_prefetch(tile + kAhead + line);
+      for (size_t line = 0; line < share; line += 64) __builtin_prefetch(ahead + line);
+    ahead += share;
     F16 dot[M];
     if (q4) {
       dots_q4<M>(tile, rows, dot);

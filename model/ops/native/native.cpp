@@ -58,7 +58,10 @@ constexpr int kRowsAtOnce = 64;  // rows of one claimed tile of a large product
 
 struct Engine {
   explicit Engine(int threads)
-      : team(threads), scratch(size_t(threads)), samplers(size_t(threads)) {}
+      : team(threads),
+        tiles{Tiles(threads), Tiles(threads), Tiles(threads)},
+        scratch(size_t(threads)),
+        samplers(size_t(threads)) {}
 
   Team team;
   Tiles tiles[3];  // used in turn: one is claimed from, one is at rest, one is being reset
@@ -103,12 +106,12 @@ class Run {
     for (int i = 0; i < model_.num_instructions; ++i) {
       const Instruction& op = model_.instructions[i];
       switch (op.op) {
-        case kEmbed: by_token(phase, [&](int t) { embed(op, t); }); break;
+        case kEmbed: by_token(thread, phase, [&](int t) { embed(op, t); }); break;
         case kLinear: linear(op, thread, phase); break;
-        case kRopeKV: by_token(phase, [&](int t) { rope_kv(op, t); }); break;
+        case kRopeKV: by_token(thread, phase, [&](int t) { rope_kv(op, t); }); break;
         case kAttend: attend(op, thread, phase); break;
         case kNorm:
-          by_token(phase, [&](int t) {
+          by_token(thread, phase, [&](int t) {
             rms_norm(row(op.in, t), op.norm, op.eps, step_.widths[op.in], row(op.out, t));
           });
           break;
@@ -138,19 +141,18 @@ class Run {
   // A phase: tiles 0 .. count - 1 shared out among the threads, and all meet at its end. The next
   // phase's counter was reset two phases ago, when nobody could be claiming from it.
   template <class Body>
-  void shared(int& phase, int count, Body&& body) {
-    Tiles& tiles = engine_.tiles[phase % 3];
-    for (int i; (i = tiles.claim()) < count;) body(i);
+  void shared(int thread, int& phase, int count, Body&& body) {
+    engine_.tiles[phase % 3].run(thread, count, body);
     engine_.tiles[(phase + 2) % 3].reset();
     ++phase;
     engine_.team.barrier();
   }
 
   template <class Body>
-  void by_token(int& phase, Body&& body) {
+  void by_token(int thread, int& phase, Body&& body) {
     const int at_once = step_.num_tokens >= 64 ? 8 : 1;
     const int count = (step_.num_tokens + at_once - 1) / at_once;
-    shared(phase, count, [&](int i) {
+    shared(thread, phase, count, [&](int i) {
       const int end = std::min(step_.num_tokens, (i + 1) * at_once);
       for (int t = i * at_once; t < end; ++t) body(t);
     });
@@ -190,7 +192,7 @@ class Run {
       for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows);
     } else {
       rows = aligned(engine_.rows.data());
-      by_token(phase, [&](int t) { prepare(op, t, own, rows); });
+      by_token(thread, phase, [&](int t) { prepare(op, t, own, rows); });
     }
     const Output out{step_.buffers[op.out], step_.widths[op.out], op.add != 0, parts == 2};
     const int strips = num_strips(op.matrix), num_rows = tokens * parts;
@@ -198,7 +200,7 @@ class Run {
     // A few strips at a time where there are many, so that claiming costs nothing.
     const int at_once = std::max(1, std::min(8, strips / (engine_.team.size() * 8)));
     const int groups = (strips + at_once - 1) / at_once;
-    shared(phase, groups * chunks, [&](int i) {
+    shared(thread, phase, groups * chunks, [&](int i) {
       const int first = i / chunks * at_once, chunk = i % chunks * kRowsAtOnce;
       const int last_row = std::min(num_rows, chunk + kRowsAtOnce);
       for (int strip = first; strip < std::min(strips, first + at_once); ++strip)
@@ -236,9 +238,9 @@ class Run {
                       step_.widths[op.in], row(op.out, 0), sequences_.data(),
                       op.window,           engine_.partials.data(), engine_.partial_acc.data()};
     float* scratch = reinterpret_cast<float*>(aligned(engine_.scratch[size_t(thread)].data()));
-    shared(phase, int(work_.items.size()), [&](int i) { run_item(a, work_.items[size_t(i)], scratch); });
+    shared(thread, phase, int(work_.items.size()), [&](int i) { run_item(a, work_.items[size_t(i)], scratch); });
     if (!work_.merges.empty())
-      shared(phase, int(work_.merges.size()),
+      shared(thread, phase, int(work_.merges.size()),
              [&](int i) { run_merge(a, work_.merges[size_t(i)], scratch); });
   }
 
@@ -324,7 +326,7 @@ void hw_sample(void* engine, const float* logits, int32_t vocab, int32_t count,
   Tiles& tiles = e.tiles[0];
   tiles.reset();
   e.team.run([&](int thread) {
-    for (int i; (i = tiles.claim()) < count;) one(thread, i);
+    tiles.run(thread, count, [&](int i) { one(thread, i); });
   });
 }
 

@@ -1,12 +1,12 @@
 // A team of threads for one parallel region per call: short spins inside it, sleep outside.
 //
-// Work is claimed in tiles from a counter, so a core that another process steals costs its share and
-// no more. A thread that waits at a barrier spins for a few microseconds and then sleeps in the
+// Work is claimed in tiles, so a core that another process steals costs its share and no more. A thread that waits at a barrier spins for a few microseconds and then sleeps in the
 // kernel, for the one it waits for may have lost its core.
 #pragma once
 
 #include <atomic>
 #include <climits>
+#include <cstdint>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -118,14 +118,33 @@ class Team {
   std::atomic<bool> stopping_{false};
 };
 
-// Tiles 0 .. count - 1, each given once.
+// Tiles 0 .. count - 1, each given once. Each thread has a range of neighbours, so that it reads
+// memory in one direction, and then takes from the ranges of others what they have not begun.
 class Tiles {
  public:
-  void reset() { next_.store(0, std::memory_order_relaxed); }
-  int claim(int many = 1) { return next_.fetch_add(many, std::memory_order_relaxed); }
+  explicit Tiles(int threads) : next_(size_t(threads)) {}
+
+  void reset() {
+    for (Counter& one : next_) one.value.store(0, std::memory_order_relaxed);
+  }
+
+  template <class Body>
+  void run(int thread, int count, Body&& body) {
+    const int threads = int(next_.size());
+    for (int i = 0; i < threads; ++i) {
+      const int64_t whose = (thread + i) % threads;
+      const int begin = int(count * whose / threads), end = int(count * (whose + 1) / threads);
+      auto& next = next_[size_t(whose)].value;
+      for (int tile; (tile = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;)
+        body(tile);
+    }
+  }
 
  private:
-  alignas(64) std::atomic<int> next_{0};
+  struct alignas(64) Counter {
+    std::atomic<int> value{0};
+  };
+  std::vector<Counter> next_;
 };
 
 }  // namespace hw
