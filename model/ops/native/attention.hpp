@@ -333,17 +333,18 @@ inline KeyStep tiles_of(const Heads& h, const Cache& cache, const Sequence& seq,
   return step;
 }
 
-// The keys [first, last) of one span, `first` a multiple of 64. Those behind them, up to `beyond`,
-// will be wanted next.
+// The keys [first, last) of one span, `first` a multiple of 64; `after` will be wanted next.
 inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq, int head,
-                        int first, int last, int beyond, Rows& rows, const Scratch& own) {
+                        int first, int last, const KeyStep& after, Rows& rows,
+                        const Scratch& own) {
   int lowest = rows.lowest[0];
   for (int r = 1; r < rows.count; ++r) lowest = std::min(lowest, rows.lowest[r]);
   if (lowest > first) first += (lowest - first) / kStep * kStep;
   const int dim = h.head_dim;
   KeyStep tiles = tiles_of(h, cache, seq, head, first, last), following;
   for (int key = first; key < last; key += kStep, tiles = following) {
-    following = tiles_of(h, cache, seq, head, key + kStep, key + kStep < last ? last : beyond);
+    const int then = key + kStep;
+    following = then < last ? tiles_of(h, cache, seq, head, then, last) : after;
     const int end = tiles.count * kTile;
     if (key + end > last) {
       // Behind the last key lies what an earlier owner of the block left, or nothing yet. Its
@@ -427,7 +428,15 @@ struct Attention {
   float* partial_acc;  // [num_partials][head_dim]
 };
 
-inline void run_item(const Attention& a, const Item& item, float* scratch) {
+// Where an item begins.
+inline KeyStep first_tiles(const Attention& a, const Item* item) {
+  if (!item) return KeyStep{};
+  const Sequence& seq = a.sequences[item->sequence];
+  return tiles_of(a.heads, a.cache, seq, item->head, std::max(0, item->span) * kSpan, seq.seq_len);
+}
+
+// `next` is the item that this thread will probably be given next, or null.
+inline void run_item(const Attention& a, const Item& item, const Item* next, float* scratch) {
   const Heads& h = a.heads;
   const Sequence& seq = a.sequences[item.sequence];
   const int group = h.group(), dim = h.head_dim;
@@ -458,8 +467,11 @@ inline void run_item(const Attention& a, const Item& item, float* scratch) {
                                     : a.partial_acc + size_t(item.partial + from + r) * dim;
         std::memset(rows.acc[r], 0, size_t(dim) * 4);
       }
-      attend_span(h, a.cache, seq, item.head, span * kSpan, std::min(last, (span + 1) * kSpan),
-                  last, rows, own);
+      const int behind = (span + 1) * kSpan;
+      const KeyStep after = behind < last ? tiles_of(h, a.cache, seq, item.head, behind, last)
+                                          : first_tiles(a, next);
+      attend_span(h, a.cache, seq, item.head, span * kSpan, std::min(last, behind), after, rows,
+                  own);
       for (int r = 0; r < rows.count; ++r) {
         if (item.span < 0) merge(total[r], own.total_acc + r * dim, rows.result[r], rows.acc[r], dim);
         else a.partials[item.partial + from + r] = rows.result[r];

@@ -238,7 +238,11 @@ class Run {
                       step_.widths[op.in], row(op.out, 0), sequences_.data(),
                       op.window,           engine_.partials.data(), engine_.partial_acc.data()};
     float* scratch = reinterpret_cast<float*>(aligned(engine_.scratch[size_t(thread)].data()));
-    shared(thread, phase, int(work_.items.size()), [&](int i) { run_item(a, work_.items[size_t(i)], scratch); });
+    const Item* items = work_.items.data();
+    const int count = int(work_.items.size());
+    shared(thread, phase, count, [&](int i) {
+      run_item(a, items[i], i + 1 < count ? items + i + 1 : nullptr, scratch);
+    });
     if (!work_.merges.empty())
       shared(thread, phase, int(work_.merges.size()),
              [&](int i) { run_merge(a, work_.merges[size_t(i)], scratch); });
