@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import statistics
 import sys
 import tempfile
 from functools import cache
@@ -52,10 +53,17 @@ class Run:
     """One run: the servers that are up, and what was measured of them."""
 
     def __init__(
-        self, servers: list[Server], plan: list[Workload], tokenizer: Tokenizer, seed: int
+        self,
+        servers: list[Server],
+        plan: list[Workload],
+        tokenizer: Tokenizer,
+        seed: int,
+        threads: int,
     ) -> None:
         self.servers = servers
         self.plan = plan
+        self.bandwidths: list[float] = []  # bytes/s, one after each round
+        self._threads = threads
         self._tokenizer = tokenizer
         metrics = {name: metric for work in plan for name, metric in work.metrics.items()}
         self.comparison = Comparison(metrics)
@@ -77,15 +85,15 @@ class Run:
                 self.servers.remove(server)
 
     async def _warm_up(self, server: Server) -> None:
-        async with Client(server, self.count) as client:
-            streams = 4 if server.peer.concurrent else 1
-            prompts = Prompts(self._seed, [SHORT])
-            await client.complete(Prompts(self._seed, [1000]).message(streams, 0), 8)
-            work = [client.complete(prompts.message(i, 0), 16) for i in range(streams)]
-            await asyncio.gather(*work)
+        client = Client(server, self.count)
+        streams = 4 if server.peer.concurrent else 1
+        prompts = Prompts(self._seed, [SHORT])
+        await client.complete(Prompts(self._seed, [1000]).message(streams, 0), 8)
+        work = [client.complete(prompts.message(i, 0), 16) for i in range(streams)]
+        await asyncio.gather(*work)
 
     def measure(self) -> None:
-        """All rounds of all workloads."""
+        """All rounds of all workloads, and the machine's bandwidth between them."""
         for work in self.plan:
             for number in range(work.rounds):
                 self._seed += 1  # other prompts in each round, the same ones for all servers
@@ -94,6 +102,11 @@ class Run:
                     if work.streams > 1 and not server.peer.concurrent:
                         continue
                     self._measure(server, work, number)
+                self._measure_bandwidth()
+
+    def _measure_bandwidth(self) -> None:
+        with contextlib.suppress(NoKernels):
+            self.bandwidths.append(read_bandwidth(self._threads))
 
     def _measure(self, server: Server, work: Workload, number: int) -> None:
         what = f"{type(work).__name__.lower()} {work.streams}, round {number + 1}"
@@ -116,29 +129,28 @@ class Run:
 
     async def _timed(self, server: Server, work: Workload) -> tuple[dict[str, float], float]:
         loop = asyncio.get_running_loop()
-        async with Client(server, self.count) as client:
-            begun = loop.time()
-            values = await work.run(client, self._seed)
-            return values, loop.time() - begun
+        begun = loop.time()
+        values = await work.run(Client(server, self.count), self._seed)
+        return values, loop.time() - begun
 
     def _note(self, text: str) -> None:
         self.comparison.notes.append(text)
         self._progress.print(text, markup=False)
 
 
-def _derived(run: Run, files: ModelFiles, bandwidths: list[float]) -> dict[str, Any]:
+def _derived(run: Run, files: ModelFiles) -> dict[str, Any]:
     """What follows from the measurements: shares of the memory bound, and growth against it."""
     found: dict[str, Any] = {
         "memory_mib": {one.peer.name: round(one.memory_mib()) for one in run.servers}
     }
     per_token = weight_bytes_per_token(GGUFFile.open(files.weights[0]))
     found["weight_bytes_per_token"] = per_token
-    if not bandwidths:
+    if not run.bandwidths:
         return found
-    bandwidth = max(bandwidths)
+    bandwidth = statistics.median(run.bandwidths)
     found["read_bandwidth"] = {
         "bytes_per_s": round(bandwidth),
-        "runs": [round(one) for one in bandwidths],
+        "runs": [round(one) for one in run.bandwidths],
     }
     rates = {one.peer.name: run.comparison.median("decode_1", one.peer.name) for one in run.servers}
     found["decode_1_share_of_memory_bound"] = {
@@ -159,14 +171,6 @@ def _derived(run: Run, files: ModelFiles, bandwidths: list[float]) -> dict[str, 
             "bound": round(allowed, 3),
         }
     return found
-
-
-def _measure_bandwidth(threads: int, quick: bool) -> list[float]:
-    try:
-        return [read_bandwidth(threads, 128 if quick else 512)]
-    except NoKernels as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,7 +207,6 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         unpacked = cache(lambda: write_folder(files, folder))
         work = Work(files.weights[0], unpacked, options.threads)
-        bandwidths = _measure_bandwidth(options.threads, options.quick)
         for peer in (HEADWATER, *PEERS):
             given = getattr(options, peer.option.strip("-").replace("-", "_"), None)
             try:
@@ -211,15 +214,15 @@ def main() -> int:
                 servers.append(stack.enter_context(started(peer, program, work)))
             except (LookupError, Absent) as error:
                 absent[peer.name] = str(error)
-        run = Run(servers, workloads(quick=options.quick), tokenizer, options.seed)
+        plan = workloads(quick=options.quick)
+        run = Run(servers, plan, tokenizer, options.seed, options.threads)
         run.comparison.absent.update(absent)
         run.warm_up()
         if not any(one.peer is HEADWATER for one in run.servers):
             print(f"compare: {OURS}: {run.comparison.absent[OURS]}", file=sys.stderr)
             return 1
         run.measure()
-        bandwidths += _measure_bandwidth(options.threads, options.quick)
-        derived = _derived(run, files, bandwidths)
+        derived = _derived(run, files)
     _report(run, files, options, derived)
     return 0
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
 import msgspec
 
 from benchmarks.running import Server
 from server.bench.prompts import Prompts
 from server.bench.report import RequestTiming, percentile
-from server.bench.stream import error_code, failure_code, read_stream
+from server.bench.stream import read_stream
 
-_TIMEOUT = httpx.Timeout(180.0, connect=10.0, pool=None)
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+_TIMEOUT = 180.0
 _FOUND_TOKENS = 16  # a first word may be shared by chance, a block may not
 SHORT, LONG = 100, 4000  # prompt tokens of a short and of a long stream
 
@@ -57,16 +54,7 @@ class Client:
 
     def __init__(self, server: Server, count: Callable[[str], int]) -> None:
         self._server = server
-        self._http = httpx.AsyncClient(
-            base_url=server.url, timeout=_TIMEOUT, limits=_LIMITS, trust_env=False
-        )
         self.count = count
-
-    async def __aenter__(self) -> Client:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
 
     async def stream(self, prompt: str, max_tokens: int, timing: RequestTiming) -> RequestTiming:
         """One greedy stream, noted in `timing` as it comes. Raises WorkloadError."""
@@ -79,19 +67,8 @@ class Client:
             "stream_options": {"include_usage": True},
             **self._server.peer.body,
         }
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        timing.started = time.perf_counter()
-        try:
-            async with self._http.stream(
-                "POST", "/v1/completions", content=msgspec.json.encode(body), headers=headers
-            ) as response:
-                if response.status_code != 200:
-                    timing.error = error_code(await response.aread(), response.status_code)
-                else:
-                    await read_stream(response, timing)
-        except httpx.HTTPError as error:
-            timing.error = failure_code(error)
-        timing.ended = time.perf_counter()
+        url = f"{self._server.url}/v1/completions"
+        await read_stream(url, msgspec.json.encode(body), {}, timing, _TIMEOUT)
         if timing.error is not None:
             raise WorkloadError(f"a request failed with {timing.error}")
         if not timing.arrivals:

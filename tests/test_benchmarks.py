@@ -291,8 +291,7 @@ def test_the_workloads_on_a_real_server(tmp_path: Path) -> None:
 
 
 async def _run(server: Server, work: Workload, seed: int) -> dict[str, float]:
-    async with Client(server, lambda text: len(text.split())) as client:
-        return await work.run(client, seed)
+    return await work.run(Client(server, lambda text: len(text.split())), seed)
 
 
 def test_each_metric_has_one_workload() -> None:
