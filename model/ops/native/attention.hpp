@@ -98,19 +98,23 @@ inline Work plan(const Heads& h, const Sequence* sequences, int num_sequences) {
   for (int s = 0; s < num_sequences; ++s) {
     const Sequence& seq = sequences[s];
     const int spans = num_spans(seq.seq_len);
+    if (seq.num_queries <= per_item && spans > 1) {
+      // The heads of a span lie beside each other: whoever reads one soon reads the next.
+      const int rows = seq.num_queries * group, begin = work.num_partials;
+      for (int span = 0; span < spans; ++span)
+        for (int head = 0; head < h.num_kv_heads; ++head)
+          work.items.push_back(
+              {s, head, 0, seq.num_queries, span, begin + (head * spans + span) * rows});
+      for (int head = 0; head < h.num_kv_heads; ++head)
+        work.merges.push_back({s, head, 0, seq.num_queries, spans, begin + head * spans * rows});
+      work.num_partials += h.num_kv_heads * spans * rows;
+      continue;
+    }
     for (int head = 0; head < h.num_kv_heads; ++head) {
-      if (seq.num_queries <= per_item && spans > 1) {
-        work.merges.push_back({s, head, 0, seq.num_queries, spans, work.num_partials});
-        for (int span = 0; span < spans; ++span) {
-          work.items.push_back({s, head, 0, seq.num_queries, span, work.num_partials});
-          work.num_partials += seq.num_queries * group;
-        }
-      } else {  // the last queries have most keys: first, so that no thread ends with them
-        for (int first = (seq.num_queries - 1) / per_item * per_item; first >= 0;
-             first -= per_item) {
-          const int count = std::min(per_item, seq.num_queries - first);
-          work.items.push_back({s, head, first, count, -1, 0});
-        }
+      // The last queries have most keys: first, so that no thread ends with them.
+      for (int first = (seq.num_queries - 1) / per_item * per_item; first >= 0; first -= per_item) {
+        const int count = std::min(per_item, seq.num_queries - first);
+        work.items.push_back({s, head, first, count, -1, 0});
       }
     }
   }
@@ -133,15 +137,55 @@ constexpr int kRowsTogether = 4, kWide = 1;
 #endif
 #endif
 
+// Up to 64 keys, as tiles.
+struct KeyStep {
+  int count = 0;
+  const uint16_t *keys[kStep / kTile], *values[kStep / kTile];
+};
+
+// Tiles on their way from memory, asked for a few lines at a time between everything else: a core
+// that asks for more lines at once than it can wait for stands still.
+class Fetch {
+ public:
+  Fetch(const KeyStep& step, int head_dim) : bytes_(size_t(kTile) * head_dim * 2) {
+    for (int t = 0; t < step.count; ++t) {
+      tiles_[t] = reinterpret_cast<const char*>(step.keys[t]);
+      tiles_[step.count + t] = reinterpret_cast<const char*>(step.values[t]);
+    }
+    count_ = 2 * step.count;
+    if (count_) start();
+  }
+
+  int num_lines() const { return count_ * int(bytes_ / 64); }
+
+  void lines(int number) {
+    for (; number > 0 && next_ != end_; --number) {
+      __builtin_prefetch(next_);
+      next_ += 64;
+      if (next_ == end_ && ++tile_ < count_) start();
+    }
+  }
+
+ private:
+  void start() {
+    next_ = tiles_[tile_];
+    end_ = next_ + bytes_;
+  }
+
+  const char* tiles_[2 * kStep / kTile];
+  const size_t bytes_;
+  int count_, tile_ = 0;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
 // sum[r][j] += rows[r] * columns[j] over `num_pairs` pairs, in order. A column has its pairs `stride`
-// elements apart; `ahead` is what to fetch meanwhile, laid out like the columns, or null.
+// elements apart.
 template <int R, int N>
 inline void add_products(const Factor* const* rows, const uint16_t* const* columns, int num_pairs,
-                         int stride, const uint16_t* const* ahead, F16 (*sum)[N]) {
+                         int stride, Fetch& fetch, F16 (*sum)[N]) {
   for (int pair = 0; pair < num_pairs; ++pair) {
     const size_t at = size_t(pair) * stride;
-    if (ahead)
-      for (int j = 0; j < N; ++j) __builtin_prefetch(ahead[j] + at);
+    fetch.lines(1);
 #if HW_BF16
     __m512i column[N];
     for (int j = 0; j < N; ++j) column[j] = _mm512_loadu_si512(columns[j] + at);
@@ -168,27 +212,21 @@ inline void add_products(const Factor* const* rows, const uint16_t* const* colum
   }
 }
 
-// Up to 64 keys, as tiles. Behind the last tile the first one stands again, so that all may be fetched.
-struct KeyStep {
-  int count;
-  const uint16_t *keys[kStep / kTile], *values[kStep / kTile];
-};
-
 template <int R, int N>
-inline void score_tiles(const KeyStep& tiles, int first, const KeyStep* next,
+inline void score_tiles(const KeyStep& tiles, int first, Fetch& fetch,
                         const Factor* const* q, int head_dim, float* scores) {
   F16 sum[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) sum[r][j] = zero();
   add_products<R, N>(q, tiles.keys + first, head_dim / 2, 2 * kTile,
-                     next ? next->keys + first : nullptr, sum);
+                     fetch, sum);
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) store(scores + r * kStep + (first + j) * kTile, sum[r][j]);
 }
 
 // acc += p * V for N * 16 dimensions.
 template <int R, int N>
-inline void add_values(const KeyStep& tiles, int dimension, const KeyStep* next, const Factor* p,
+inline void add_values(const KeyStep& tiles, int dimension, Fetch& fetch, const Factor* p,
                        int head_dim, float* const* acc) {
   F16 sum[R][N];
   for (int r = 0; r < R; ++r)
@@ -196,33 +234,30 @@ inline void add_values(const KeyStep& tiles, int dimension, const KeyStep* next,
   for (int t = 0; t < tiles.count; ++t) {
     const Factor* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = p + r * kStep + t * kTile;
-    const uint16_t *columns[N], *ahead[N];
-    for (int j = 0; j < N; ++j) {
-      columns[j] = tiles.values[t] + (dimension + j * 16) * 2;
-      if (next) ahead[j] = next->values[t] + (dimension + j * 16) * 2;
-    }
-    add_products<R, N>(rows, columns, kTile / 2, 2 * head_dim, next ? ahead : nullptr, sum);
+    const uint16_t* columns[N];
+    for (int j = 0; j < N; ++j) columns[j] = tiles.values[t] + (dimension + j * 16) * 2;
+    add_products<R, N>(rows, columns, kTile / 2, 2 * head_dim, fetch, sum);
   }
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) store(acc[r] + dimension + j * 16, sum[r][j]);
 }
 
 template <int R>
-inline void score(const KeyStep& tiles, const KeyStep* next, const Factor* const* q, int head_dim,
+inline void score(const KeyStep& tiles, Fetch& fetch, const Factor* const* q, int head_dim,
                   float* scores) {
   int t = 0;
   for (; t + kWide <= tiles.count; t += kWide)
-    score_tiles<R, kWide>(tiles, t, next, q, head_dim, scores);
-  for (; t < tiles.count; ++t) score_tiles<R, 1>(tiles, t, next, q, head_dim, scores);
+    score_tiles<R, kWide>(tiles, t, fetch, q, head_dim, scores);
+  for (; t < tiles.count; ++t) score_tiles<R, 1>(tiles, t, fetch, q, head_dim, scores);
 }
 
 template <int R>
-inline void add_values(const KeyStep& tiles, const KeyStep* next, const Factor* p, int head_dim,
+inline void add_values(const KeyStep& tiles, Fetch& fetch, const Factor* p, int head_dim,
                        float* const* acc) {
   int d = 0;
   for (; d + kWide * 16 <= head_dim; d += kWide * 16)
-    add_values<R, kWide>(tiles, d, next, p, head_dim, acc);
-  for (; d < head_dim; d += 16) add_values<R, 1>(tiles, d, next, p, head_dim, acc);
+    add_values<R, kWide>(tiles, d, fetch, p, head_dim, acc);
+  for (; d < head_dim; d += 16) add_values<R, 1>(tiles, d, fetch, p, head_dim, acc);
 }
 
 // Rows of one item: a query's position, its vector, its running result.
@@ -326,10 +361,6 @@ inline KeyStep tiles_of(const Heads& h, const Cache& cache, const Sequence& seq,
     step.keys[t] = cache.tile(h, 0, block, head, tile % tiles_per_block);
     step.values[t] = cache.tile(h, 1, block, head, tile % tiles_per_block);
   }
-  for (int t = std::max(1, step.count); step.count && t < kStep / kTile; ++t) {
-    step.keys[t] = step.keys[0];
-    step.values[t] = step.values[0];
-  }
   return step;
 }
 
@@ -355,7 +386,8 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
         for (int d = 0; d < dim; ++d) own.tail[((lane / 2) * dim + d) * 2 + lane % 2] = 0;
       tiles.values[tiles.count - 1] = own.tail;
     }
-    const KeyStep* next = following.count ? &following : nullptr;
+    Fetch fetch(following, dim);
+    const int lines_a_row = fetch.num_lines() / rows.count + 1;
     for (int r = 0; r < rows.count;) {
       const int left = rows.count - r;
       int width = std::min(left, kRowsTogether);
@@ -365,29 +397,29 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
       const auto q = rows.q + r;
       switch (width) {
 #if HW_BF16
-        case 6: score<6>(tiles, next, q, dim, scores); break;
+        case 6: score<6>(tiles, fetch, q, dim, scores); break;
 #endif
-        case 4: score<4>(tiles, next, q, dim, scores); break;
-        case 3: score<3>(tiles, next, q, dim, scores); break;
-        case 2: score<2>(tiles, next, q, dim, scores); break;
-        default: score<1>(tiles, next, q, dim, scores);
+        case 4: score<4>(tiles, fetch, q, dim, scores); break;
+        case 3: score<3>(tiles, fetch, q, dim, scores); break;
+        case 2: score<2>(tiles, fetch, q, dim, scores); break;
+        default: score<1>(tiles, fetch, q, dim, scores);
       }
       for (int i = r; i < r + width; ++i) {
         float* row = own.scores + i * kStep;
         if (key + end - 1 > rows.position[i] || key < rows.lowest[i])
           mask_scores(row, key, end, rows.lowest[i], rows.position[i]);
+        fetch.lines(lines_a_row);
         soften(row, tiles.count, dim, rows.result[i], rows.acc[i], own.p + i * kStep);
       }
       switch (width) {
 #if HW_BF16
-        case 6: add_values<6>(tiles, next, p, dim, rows.acc + r); break;
+        case 6: add_values<6>(tiles, fetch, p, dim, rows.acc + r); break;
 #endif
-        case 4: add_values<4>(tiles, next, p, dim, rows.acc + r); break;
-        case 3: add_values<3>(tiles, next, p, dim, rows.acc + r); break;
-        case 2: add_values<2>(tiles, next, p, dim, rows.acc + r); break;
-        default: add_values<1>(tiles, next, p, dim, rows.acc + r);
+        case 4: add_values<4>(tiles, fetch, p, dim, rows.acc + r); break;
+        case 3: add_values<3>(tiles, fetch, p, dim, rows.acc + r); break;
+        case 2: add_values<2>(tiles, fetch, p, dim, rows.acc + r); break;
+        default: add_values<1>(tiles, fetch, p, dim, rows.acc + r);
       }
-      next = nullptr;  // it is on its way
       r += width;
     }
   }
