@@ -177,7 +177,7 @@ class Interference:
 
     streams: int = 8
     prompt_tokens: int = LONG
-    rounds: int = 2
+    rounds: int = 3
     room: int = 2000  # tokens of a stream, more than it gets: it is ended, not waited for
 
     @property
@@ -233,7 +233,7 @@ class Growth:
 
     tokens: int = 64
     prompt_tokens: int = LONG
-    rounds: int = 2
+    rounds: int = 3
     streams: int = 1
 
     @property
@@ -267,9 +267,9 @@ def workloads(*, quick: bool) -> list[Workload]:
     return [
         Decode(1, rounds=5),
         Decode(4),
-        Decode(16, rounds=2),
-        Decode(32, rounds=1),
+        Decode(16),
+        Decode(32),
         Prefill(),
-        Interference(rounds=1),
+        Interference(),
         Growth(),
     ]
