@@ -59,12 +59,12 @@ constexpr int kRowsAtOnce = 64;  // rows of one claimed tile of a large product
 struct Engine {
   explicit Engine(int threads)
       : team(threads),
-        tiles{Tiles(threads), Tiles(threads), Tiles(threads)},
+        phases(threads),
         scratch(size_t(threads)),
         samplers(size_t(threads)) {}
 
   Team team;
-  Tiles tiles[3];  // used in turn: one is claimed from, one is at rest, one is being reset
+  Phases phases;
   std::vector<std::vector<char>> scratch;  // of each thread
   std::vector<char> rows;                  // prepared rows, shared
   std::vector<Partial> partials;
@@ -98,7 +98,7 @@ class Run {
     const size_t each = row_scratch_ + row_bytes * kFewRows +
                         Scratch::size(std::max(model.heads.head_dim, 16)) * 4 + 128;
     for (auto& own : engine.scratch) grow(own, each);
-    for (auto& tiles : engine.tiles) tiles.reset();
+    engine.phases.reset(2 * model.num_instructions);  // none has more than two
   }
 
   void operator()(int thread) {
@@ -138,14 +138,9 @@ class Run {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
   }
 
-  // A phase: tiles 0 .. count - 1 shared out among the threads, and all meet at its end. The next
-  // phase's counter was reset two phases ago, when nobody could be claiming from it.
   template <class Body>
   void shared(int thread, int& phase, int count, Body&& body) {
-    engine_.tiles[phase % 3].run(thread, count, body);
-    engine_.tiles[(phase + 2) % 3].reset();
-    ++phase;
-    engine_.team.barrier();
+    engine_.phases.run(thread, phase++, count, body);
   }
 
   template <class Body>
@@ -186,14 +181,10 @@ class Run {
   void linear(const Instruction& op, int thread, int& phase) {
     const int tokens = step_.num_tokens, parts = is_quantized(op.matrix) ? op.parts : 1;
     char* own = aligned(engine_.scratch[size_t(thread)].data());
-    char* rows;
-    if (tokens <= kFewRows) {
-      rows = own + row_scratch_;
-      for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows);
-    } else {
-      rows = aligned(engine_.rows.data());
-      by_token(thread, phase, [&](int t) { prepare(op, t, own, rows); });
-    }
+    const bool few = tokens <= kFewRows;
+    bool prepared = !few;
+    char* rows = few ? own + row_scratch_ : aligned(engine_.rows.data());
+    if (!few) by_token(thread, phase, [&](int t) { prepare(op, t, own, rows); });
     const Output out{step_.buffers[op.out], step_.widths[op.out], op.add != 0, parts == 2};
     const int strips = num_strips(op.matrix), num_rows = tokens * parts;
     const int chunks = (num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -203,6 +194,9 @@ class Run {
     shared(thread, phase, groups * chunks, [&](int i) {
       const int first = i / chunks * at_once, chunk = i % chunks * kRowsAtOnce;
       const int last_row = std::min(num_rows, chunk + kRowsAtOnce);
+      if (!prepared)  // a thread that gets no tile must not even look at the rows
+        for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows);
+      prepared = true;
       for (int strip = first; strip < std::min(strips, first + at_once); ++strip)
         strip_rows(op.matrix, strip, rows, num_rows, chunk, last_row, out);
     });
@@ -327,11 +321,8 @@ void hw_sample(void* engine, const float* logits, int32_t vocab, int32_t count,
     for (int i = 0; i < count; ++i) one(0, i);
     return;
   }
-  Tiles& tiles = e.tiles[0];
-  tiles.reset();
-  e.team.run([&](int thread) {
-    tiles.run(thread, count, [&](int i) { one(thread, i); });
-  });
+  e.phases.reset(1);
+  e.team.run([&](int thread) { e.phases.run(thread, 0, count, [&](int i) { one(thread, i); }); });
 }
 
 }  // extern "C"

@@ -1,7 +1,9 @@
 // A team of threads for one parallel region per call: short spins inside it, sleep outside.
 //
-// Work is claimed in tiles, so a core that another process steals costs its share and no more. A thread that waits at a barrier spins for a few microseconds and then sleeps in the
-// kernel, for the one it waits for may have lost its core.
+// The cores are shared with others, so nobody waits for a thread, only for work that it has begun.
+// A phase is over when its tiles are done, whoever did them; a thread that comes late finds what is
+// left, or the region closed. One that waits spins for a few microseconds and then sleeps in the
+// kernel.
 #pragma once
 
 #include <atomic>
@@ -27,19 +29,25 @@ inline void relax() {
 #endif
 }
 
-// A value that threads wait for: spin first, then sleep until it is changed.
+constexpr int kSpins = 1200;  // some 20 to 50 microseconds of pauses
+
+// Something has changed: threads wait here until it is what they want.
 class Signal {
  public:
   uint32_t get() const { return value_.load(std::memory_order_acquire); }
 
-  void wait_while(uint32_t old, int spins) {
+  template <class Done>
+  void wait_until(Done&& done, int spins) {
     for (int i = 0; i < spins; ++i) {
-      if (get() != old) return;
+      if (done()) return;
       relax();
     }
-    while (get() == old) {
+    for (;;) {
+      const uint32_t seen = get();
+      if (done()) return;
       sleepers_.fetch_add(1);
-      if (get() == old) syscall(SYS_futex, address(), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+      if (value_.load() == seen)
+        syscall(SYS_futex, address(), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
       sleepers_.fetch_sub(1);
     }
   }
@@ -59,8 +67,6 @@ class Signal {
 
 class Team {
  public:
-  static constexpr int kSpins = 1200;  // about 30 to 50 microseconds of pauses
-
   explicit Team(int size) : size_(size < 1 ? 1 : size) {
     for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { serve(i); });
   }
@@ -73,7 +79,8 @@ class Team {
 
   int size() const { return size_; }
 
-  // Run `work(thread)` on every thread of the team, the caller being thread 0.
+  // Run `work(thread)` on the threads of the team that come in time, the caller being thread 0. It
+  // must do all there is to do even on its own.
   template <class Work>
   void run(Work&& work) {
     if (size_ == 1) {
@@ -81,70 +88,74 @@ class Team {
       return;
     }
     work_ = [&work](int thread) { work(thread); };
+    open_.store(true);
     start_.next();
     work(0);
-    barrier();  // all have left `work`
-  }
-
-  // All threads of the team meet here.
-  void barrier() {
-    if (size_ == 1) return;
-    const uint32_t phase = meet_.get();
-    if (arrived_.fetch_add(1) + 1 == size_) {
-      arrived_.store(0);
-      meet_.next();
-    } else {
-      meet_.wait_while(phase, kSpins);
-    }
+    open_.store(false);
+    left_.wait_until([this] { return inside_.load() == 0; }, kSpins);
   }
 
  private:
   void serve(int thread) {
     uint32_t seen = 0;
     for (;;) {
-      start_.wait_while(seen, 0);
+      start_.wait_until([&] { return start_.get() != seen; }, 0);
       seen = start_.get();
       if (stopping_) return;
-      work_(thread);
-      barrier();
+      inside_.fetch_add(1);
+      if (open_.load()) work_(thread);
+      if (inside_.fetch_sub(1) == 1) left_.next();
     }
   }
 
   const int size_;
   std::vector<std::thread> threads_;
   std::function<void(int)> work_;
-  Signal start_, meet_;
-  std::atomic<int> arrived_{0};
+  Signal start_, left_;
+  std::atomic<bool> open_{false};
+  std::atomic<int> inside_{0};
   std::atomic<bool> stopping_{false};
 };
 
-// Tiles 0 .. count - 1, each given once. Each thread has a range of neighbours, so that it reads
-// memory in one direction, and then takes from the ranges of others what they have not begun.
-class Tiles {
+// The phases of a region, one after the other. The tiles 0 .. count - 1 of each are given once. Each
+// thread has a range of neighbours, so that it reads memory in one direction, and then takes from
+// the ranges of others what they have not begun.
+class Phases {
  public:
-  explicit Tiles(int threads) : next_(size_t(threads)) {}
+  explicit Phases(int threads) : threads_(threads) {}
 
-  void reset() {
-    for (Counter& one : next_) one.value.store(0, std::memory_order_relaxed);
+  // Before the region begins.
+  void reset(int count) {
+    const size_t size = size_t(count) * size_t(threads_ + 1);
+    if (counters_.size() < size) counters_ = std::vector<Counter>(size);
+    for (size_t i = 0; i < size; ++i) counters_[i].value.store(0, std::memory_order_relaxed);
   }
 
+  // Tiles of phase `number`, as long as there are any; returns when all are done. `body` must touch
+  // nothing outside: another thread may be phases ahead of one that got no tile.
   template <class Body>
-  void run(int thread, int count, Body&& body) {
-    const int threads = int(next_.size());
-    for (int i = 0; i < threads; ++i) {
-      const int64_t whose = (thread + i) % threads;
-      const int begin = int(count * whose / threads), end = int(count * (whose + 1) / threads);
-      auto& next = next_[size_t(whose)].value;
-      for (int tile; (tile = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;)
+  void run(int thread, int number, int count, Body&& body) {
+    Counter* counters = counters_.data() + size_t(number) * size_t(threads_ + 1);
+    auto& done = counters[threads_].value;
+    int mine = 0;
+    for (int i = 0; i < threads_; ++i) {
+      const int64_t whose = (thread + i) % threads_;
+      const int begin = int(count * whose / threads_), end = int(count * (whose + 1) / threads_);
+      auto& next = counters[whose].value;
+      for (int tile; (tile = begin + next.fetch_add(1, std::memory_order_relaxed)) < end; ++mine)
         body(tile);
     }
+    if (mine != 0 && done.fetch_add(mine) + mine == count) over_.next();
+    over_.wait_until([&] { return done.load(std::memory_order_acquire) == count; }, kSpins);
   }
 
  private:
   struct alignas(64) Counter {
     std::atomic<int> value{0};
   };
-  std::vector<Counter> next_;
+  const int threads_;
+  std::vector<Counter> counters_;
+  Signal over_;
 };
 
 }  // namespace hw
