@@ -57,9 +57,13 @@ class Channel:
         self._lock = threading.Lock()
 
     def send(self, message: FromEngine) -> None:
+        """Ends the process when the server is gone: nothing here is worth a clean-up then."""
         frame = encode_frame(message)
-        with self._lock:
-            self._sock.sendall(frame)
+        try:
+            with self._lock:
+                self._sock.sendall(frame)
+        except OSError:
+            os._exit(0)
 
     def receive(self) -> ToEngine | None:
         """The next message; None when the other end is closed."""
@@ -187,10 +191,7 @@ class Loop:
     def _beat(self) -> None:
         pause = threading.Event()
         while True:
-            try:
-                self._channel.send(Heartbeat(self._epoch, self._steps, self._busy))
-            except OSError:
-                os._exit(0)
+            self._channel.send(Heartbeat(self._epoch, self._steps, self._busy))
             pause.wait(HEARTBEAT_SECONDS)
 
 

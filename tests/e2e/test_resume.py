@@ -182,7 +182,8 @@ def long_kinds(client: httpx.Client) -> list[dict[str, Any]]:
 def finish(client: httpx.Client, readers: list[Reader], wholes: list[Reader]) -> None:
     for reader, whole in zip(readers, wholes, strict=True):
         reader.client = client
-        same(reader.read_all(), whole)
+        # An event may hold many tokens: some readers were at the end before the cut.
+        same(reader if reader.done is not None else reader.read_all(), whole)
 
 
 def test_cuts_across_an_engine_that_is_killed(server: Server) -> None:

@@ -197,3 +197,17 @@ def test_a_fault_that_is_none_is_told(model: Path, tmp_path: Path) -> None:
     with started(model, tmp_path, "explode:1") as engine:
         assert "HEADWATER_FAULT" in engine.until(EngineFailed).message
         assert engine.process.wait(30) == 1
+
+
+def test_an_engine_whose_server_has_gone_leaves_without_a_word() -> None:
+    """Whichever of its threads notices first."""
+    code = (
+        "import socket; from model.engine.messages import Heartbeat\n"
+        "from model.engine.process import Channel\n"
+        "ours, theirs = socket.socketpair(); theirs.close()\n"
+        "Channel(ours).send(Heartbeat(1, 0, False)); raise SystemExit('still here')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
