@@ -112,6 +112,7 @@ class Services:
         """Spawn the engine, and take up what the store says is running."""
         await self.journal.start()
         self.supervisor.start()
+        await asyncio.to_thread(self.tokenizer.prepare)  # the engine takes longer to get ready
 
     async def checkpoint(self) -> None:
         """End what runs: the durable ones go on with the next start."""

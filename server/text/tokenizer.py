@@ -86,6 +86,11 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         return cls(path.read_bytes(), config, _read_json(folder / "generation_config.json"))
 
+    def prepare(self) -> None:
+        """Make now what the first prompts would wait for, some tenths of a second."""
+        for special in (True, False):
+            self._variant(prefix=True, special=special)
+
     def encode(self, text: str, *, special: bool = True, continues: bool = False) -> list[int]:
         """The ids of `text`; no BOS is added.
 

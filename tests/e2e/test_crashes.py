@@ -152,11 +152,11 @@ def test_streams_of_the_default_model_survive_20_kills(default_server: Server, s
 def test_a_stopped_engine_is_replaced_and_its_streams_go_on(
     tiny_server: Server, tiny_model: Path, show: Show
 ) -> None:
-    expected = undisturbed(tiny_server, 300)
+    expected = undisturbed(tiny_server, 450)
     timeout = 4.5
     with serving(str(tiny_model), env={"HEADWATER_ENGINE_TIMEOUT": str(timeout)}) as server:
-        listeners = listen(server, mixed_asks(server, NUM_STREAMS, 300))
-        wait_heard(listeners, 50 * NUM_STREAMS)
+        listeners = listen(server, mixed_asks(server, NUM_STREAMS, 450))
+        wait_heard(listeners, 1)  # the engine is far ahead of what is heard
         engine = server.engine
         engine.suspend()
         stopped = time.monotonic()

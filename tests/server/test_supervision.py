@@ -41,19 +41,17 @@ def wait_running(server: Server, count: int) -> None:
 class Client(threading.Thread):
     """Sends one request and keeps the end of its answer, and when it came."""
 
-    def __init__(self, server: Server, *, stream: bool) -> None:
+    def __init__(self, server: Server, *, stream: bool, max_tokens: int = 450) -> None:
         super().__init__()
+        self._body = {**BODY, "stream": stream, "max_tokens": max_tokens}
         self._url = f"{server.url}/v1/chat/completions"
-        self._stream = stream
         self.status = 0
         self.tail = ""
         self.ended = 0.0
         self.headers = httpx.Headers()
 
     def run(self) -> None:
-        with httpx.stream(
-            "POST", self._url, json={**BODY, "stream": self._stream}, timeout=60
-        ) as response:
+        with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
             self.status = response.status_code
             self.headers = response.headers
             self.tail = response.read().decode()
@@ -214,9 +212,9 @@ def _code(server: Server) -> str:
     return str(response.json().get("error", {}).get("code"))
 
 
-def test_a_full_queue_is_503_with_a_time_to_come_back(tiny_model: Path) -> None:
-    with serving(str(tiny_model), "--max-num-seqs", "2", "--max-queue", "2") as server:
-        clients = [Client(server, stream=False) for _ in range(4)]
+def test_a_full_queue_is_503_with_a_time_to_come_back(wide_model: Path) -> None:
+    with serving(str(wide_model), "--max-num-seqs", "2", "--max-queue", "2") as server:
+        clients = [Client(server, stream=False, max_tokens=3800) for _ in range(4)]
         for client in clients:
             client.start()
         wait_running(server, 2)
