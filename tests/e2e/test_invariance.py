@@ -78,7 +78,7 @@ def make_engine(files: ModelFiles, around: Around) -> Engine:
             threads=around.threads,
             max_num_seqs=min(around.batch, around.chunk),
             max_num_batched_tokens=around.chunk,
-            kv_memory=512 << 20,
+            kv_memory=4 << 30,  # room for all, or the warm ones would find nothing
         )
     )
     assert info.reproducible
