@@ -102,11 +102,10 @@ class Run:
                     if work.streams > 1 and not server.peer.concurrent:
                         continue
                     self._measure(server, work, number)
-                self._measure_bandwidth()
-
-    def _measure_bandwidth(self) -> None:
-        with contextlib.suppress(NoKernels):
-            self.bandwidths.append(read_bandwidth(self._threads))
+                try:
+                    self.bandwidths.append(read_bandwidth(self._threads))
+                except NoKernels as error:
+                    self._note(f"the bandwidth was not measured: {error}")
 
     def _measure(self, server: Server, work: Workload, number: int) -> None:
         what = f"{type(work).__name__.lower()} {work.streams}, round {number + 1}"

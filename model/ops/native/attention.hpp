@@ -391,7 +391,7 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
     for (int r = 0; r < rows.count;) {
       const int left = rows.count - r;
       int width = std::min(left, kRowsTogether);
-      if (width == 5) width = 4;
+      if (width == 5) width = 4;  // there is no kernel for five
       float* scores = own.scores + r * kStep;
       Factor* p = own.p + r * kStep;
       const auto q = rows.q + r;

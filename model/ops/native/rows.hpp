@@ -43,7 +43,7 @@ struct QuantGroup {
 };
 
 // Quantised rows lie in blocks of 8 (the last one has what is left), group by group: those of a
-// block that belong together are neighbours. `group(i)` of row `row` is at first[i * stride].
+// block that belong together are neighbours. Group g of a row is first[g * stride].
 constexpr int kRowBlock = 8;
 
 struct QuantRow {
