@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from model.config import DecoderConfig
@@ -62,10 +63,12 @@ class KVCache:
         size = memoryview(data).nbytes
         if size != self.bytes_per_block:
             raise ValueError(f"a block has {self.bytes_per_block} bytes, got {size}")
-        block = self.tensor[:, :, block_id]
-        # A copy of its own: torch wants writable memory, and the caller's may be a mapped file.
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        block.copy_(raw.view(self.tensor.dtype).view(block.shape))
+        block = self.tensor[:, :, block_id].view(torch.uint8)
+        raw = np.frombuffer(data, dtype=np.uint8).reshape(block.shape)
+        if block.is_cpu:
+            block.numpy()[...] = raw  # torch would wake its threads for each block
+        else:  # a copy of its own: torch wants writable memory, and this may be a mapped file
+            block.copy_(torch.from_numpy(raw.copy()))
 
     def _check(self, block_ids: Sequence[int]) -> None:
         for block_id in block_ids:
