@@ -151,7 +151,16 @@ await visit(
     assert.equal(now.data.length, before.data.length + 1);
 
     // Search, rename, delete, and have it back.
-    await page.keyboard.press("Control+K");
+    // A key that is struck right after a shortcut is for the field that it leads to.
+    const focusAfter = (key) =>
+      page.evaluate((struck) => {
+        dispatchEvent(new KeyboardEvent("keydown", { ctrlKey: true, ...struck }));
+        return document.activeElement?.id;
+      }, key);
+    assert.equal(await focusAfter({ key: "O", shiftKey: true }), "composer");
+    await page.keyboard.press("Control+B");
+    await page.locator(".sidebar").waitFor({ state: "detached" });
+    assert.equal(await focusAfter({ key: "k" }), "search");
     await page.keyboard.type("Branches");
     const list = page.getByRole("navigation", { name: "Sessions" });
     await page.waitForFunction(() => document.querySelectorAll(".session").length === 2);

@@ -1,4 +1,5 @@
 import { lazy, Suspense, useEffect, useMemo, useState, useSyncExternalStore } from "react";
+import { flushSync } from "react-dom";
 import { Chat } from "../state/chat";
 import { pathTo } from "../state/tree";
 import { Announcer } from "./Announcer";
@@ -105,17 +106,18 @@ function Page({ keyed }: { keyed: boolean }) {
   };
 
   useEffect(() => {
+    // Focus moves before the handler returns: the next key may be struck already.
     const onKey = (event: KeyboardEvent) => {
       const control = event.ctrlKey || event.metaKey;
       const key = event.key.toLowerCase();
       if (control && key === "k") {
         event.preventDefault();
-        setSidebar(true);
-        setTimeout(() => document.getElementById("search")?.focus());
+        flushSync(() => setSidebar(true));
+        document.getElementById("search")?.focus();
       } else if (control && event.shiftKey && key === "o") {
         event.preventDefault();
-        go({ session: null, view: "text" });
-        setTimeout(() => document.getElementById("composer")?.focus());
+        flushSync(() => go({ session: null, view: "text" }));
+        document.getElementById("composer")?.focus();
       } else if (control && !event.shiftKey && key === "b") {
         event.preventDefault();
         setSidebar((shown) => !shown);
