@@ -12,6 +12,7 @@ import torch
 
 from model.config import DecoderConfig
 from model.ops.base import Ops
+from model.ops.memory import populate
 
 
 class KVCache:
@@ -44,6 +45,13 @@ class KVCache:
     def layer(self, index: int) -> torch.Tensor:
         """The cache of one layer: [2, num_blocks, ...]."""
         return self._layers[index]
+
+    def populate(self, num_blocks: int) -> None:
+        """Have the memory of the first blocks at hand: on some machines a page takes a millisecond
+        when it is first written. Contents stay, so any thread may do it at any time."""
+        if self.tensor.is_cpu:
+            for kept in self.tensor[:, :, :num_blocks].flatten(0, 1):
+                populate(kept)
 
     def copy_out(self, block_ids: Sequence[int]) -> list[bytes]:
         """The raw bytes of each block, K and V of all layers: `bytes_per_block` each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from model.weights.load import load_weights
 CPU_KV_BYTES = GIB
 CPU_KV_SHARE = 0.25  # of the memory that is available
 CUDA_KV_SHARE = 0.8  # of what the weights leave
+POPULATED_KV_BYTES = 256 << 20  # at most so much of the pool before it is asked for
 
 
 class LoadError(Exception):
@@ -78,6 +80,10 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
     num_blocks, max_model_len = _pool_size(start, ops)
     decoder = Decoder(config, weights, ops, max_model_len)
     kv = KVCache(config, num_blocks, start.block_size, ops)
+    # One long session's memory, while the rest is loaded: it would wait for it otherwise.
+    one_session = -(-max_model_len // start.block_size)
+    num_populated = min(one_session, POPULATED_KV_BYTES // kv.bytes_per_block)
+    threading.Thread(target=kv.populate, args=[num_populated], name="kv-pages", daemon=True).start()
     runner = ModelRunner(
         decoder,
         kv,

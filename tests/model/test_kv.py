@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.config import DecoderConfig
 from model.kv import KVCache
+from model.ops.memory import allocate
 from model.ops.reference import ReferenceOps
 from tests.fixtures.tiny import make_tiny
 from tests.model.decoding import Pool, load_decoder, make_tokens, read_config
@@ -45,6 +49,31 @@ def test_blocks_come_back_exactly(folder: Path, dtype: torch.dtype) -> None:
     assert other.copy_out([0, 2, 3]) == data
     assert other.copy_out([1, 4, 5]) == [bytes(kv.bytes_per_block)] * 3
     assert kv.copy_out([]) == []
+
+
+class LazyOps(ReferenceOps):
+    """Whose cache lies in memory that was not asked for yet, as the native ops' does."""
+
+    def allocate_kv(self, config: DecoderConfig, num_blocks: int, block_size: int) -> torch.Tensor:
+        like = super().allocate_kv(config, 1, block_size)
+        shape = (*like.shape[:2], num_blocks, *like.shape[3:])
+        return allocate(num_blocks * like.nbytes).view(self.dtype).view(shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+def test_memory_is_at_hand_before_it_is_used(folder: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    kv = KVCache(read_config(folder), 100_000, 4, LazyOps(dtype=torch.float32))
+    data = bytes(range(256)) * (kv.bytes_per_block // 256)
+    kv.copy_in(7, data)
+    before = resident()
+    kv.populate(50_000)
+    half = kv.tensor.nbytes / 2
+    assert half > 64 << 20
+    assert 0.8 * half < resident() - before < 1.3 * half
+    assert kv.copy_out([6, 7, 8]) == [bytes(kv.bytes_per_block), data, bytes(kv.bytes_per_block)]
 
 
 def test_a_sequence_goes_on_from_restored_blocks(folder: Path) -> None:
