@@ -129,6 +129,15 @@ export function Transcript({ editing, onEdit }: Props) {
         aria-label="Conversation"
         aria-live="off"
         tabIndex={0}
+        onKeyDown={(event) => {
+          if (event.target !== event.currentTarget) return;
+          if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+          // The browser's own jump is lost while rows that were just drawn are being measured.
+          if (event.key === "Home") virtual.scrollToIndex(0, { align: "start" });
+          else if (event.key === "End") virtual.scrollToEnd();
+          else return;
+          event.preventDefault();
+        }}
       >
         <div className="rows" style={{ height: virtual.getTotalSize() }}>
           {virtual.getVirtualItems().map((item) => {
