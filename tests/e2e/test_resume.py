@@ -179,6 +179,13 @@ def long_kinds(client: httpx.Client) -> list[dict[str, Any]]:
     return [kind for v in VARIANTS for kind in [{"max_tokens": 2500, **fields_of(v, client)}] * 2]
 
 
+def all_uncut(client: httpx.Client, kinds: list[dict[str, Any]]) -> list[Reader]:
+    """The same without a cut. Two of a kind say the same, and are asked for once."""
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        firsts = list(pool.map(lambda kind: uncut(client, **kind), kinds[::2]))
+    return [whole for whole in firsts for _ in range(2)]
+
+
 def finish(client: httpx.Client, readers: list[Reader], wholes: list[Reader]) -> None:
     for reader, whole in zip(readers, wholes, strict=True):
         reader.client = client
@@ -189,7 +196,7 @@ def finish(client: httpx.Client, readers: list[Reader], wholes: list[Reader]) ->
 def test_cuts_across_an_engine_that_is_killed(wide_model: Path) -> None:
     with serving(str(wide_model)) as server, connected(server) as client:
         kinds = long_kinds(client)
-        wholes = [whole for kind in kinds[::2] for whole in [uncut(client, **kind)] * 2]
+        wholes = all_uncut(client, kinds)
         restarts = server.metric("headwater_engine_restarts_total")
         readers = begun(client, kinds)
         engine = server.engine
@@ -205,7 +212,7 @@ def test_cuts_across_a_restart_of_everything(wide_model: Path, tmp_path: Path) -
     env = {"HEADWATER_DATA": str(tmp_path)}
     with serving(str(wide_model), env=env) as first, connected(first) as client:
         kinds = long_kinds(client)
-        wholes = [whole for kind in kinds[::2] for whole in [uncut(client, **kind)] * 2]
+        wholes = all_uncut(client, kinds)
         readers = begun(client, kinds)
         first.engine.suspend()
         assert first.metric("headwater_requests_running") >= len(kinds) // 2
