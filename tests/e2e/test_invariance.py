@@ -50,7 +50,8 @@ def requests(count: int, longest: int) -> list[tuple[list[int], SamplingParams]]
     chooser = random.Random(7)
     made = []
     for seed in range(count):
-        prompt = [chooser.randrange(17, 49152) for _ in range(chooser.randint(1, longest))]
+        length = 1 + round((longest - 1) * chooser.random() ** 3)  # many short ones, some long
+        prompt = [chooser.randrange(17, 49152) for _ in range(length)]
         params = SamplingParams(
             temperature=chooser.choice([0.0, 0.7, 1.0]),
             top_p=chooser.choice([1.0, 0.9]),

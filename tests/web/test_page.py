@@ -40,9 +40,13 @@ def test_by_keyboard_on_a_phone_and_in_the_dark(browse: Browse, server: Server) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_thousand_turns_stream_without_a_slow_frame(browse: Browse, wide_model: Path) -> None:
+def test_a_thousand_turns_stream_without_a_slow_frame(
+    browse: Browse, wide_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with serving(str(wide_model)) as server:
         told = browse("long", server, seconds=170)
+    with capsys.disabled():
+        print(f"\nthe page's main thread, 1,000 turns, 300 tokens/s: {told}")  # noqa: T201
     assert told["longest_ms"] <= 50
 
 

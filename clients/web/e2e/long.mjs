@@ -57,16 +57,16 @@ const PARAGRAPH =
 const CODE =
   "```python\nfor bend in river:\n    print(bend)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n";
 
-/** Milliseconds of the processor that each task of the page's main thread took, the least first. Not
- * by the clock on the wall: on a busy machine, that also counts what others do. */
-function mainThreadTasks({ traceEvents }) {
+/** Milliseconds that each task of the page's main thread took, the least first: of the processor
+ * (`tdur`), or by the clock on the wall (`dur`), which on a busy machine counts what others do. */
+function mainThreadTasks({ traceEvents }, clock) {
   const main = traceEvents.find(
     ({ name, args }) => name === "thread_name" && args.name === "CrRendererMain",
   );
   return traceEvents
     .filter((event) => event.pid === main.pid && event.tid === main.tid)
-    .filter(({ name, tdur }) => name.endsWith("RunTask") && tdur !== undefined)
-    .map(({ tdur }) => tdur / 1000)
+    .filter((event) => event.name.endsWith("RunTask") && event[clock] !== undefined)
+    .map((event) => event[clock] / 1000)
     .sort((a, b) => a - b);
 }
 
@@ -113,10 +113,12 @@ await visit({ viewport: { width: 1360, height: 860 } }, async (page) => {
   await shot(page, "long");
   await page.getByRole("button", { name: "To the end" }).click();
   await ended(page);
-  const tasks = mainThreadTasks(JSON.parse((await browser.stopTracing()).toString()));
+  const trace = JSON.parse((await browser.stopTracing()).toString());
+  const tasks = mainThreadTasks(trace, "tdur");
   assertSame(await shown(page), (await stored(id)).text);
   const at = (share) => tasks[Math.floor(share * (tasks.length - 1))];
   const told = { opened_ms: opened, tasks: tasks.length, p99_ms: at(0.99), longest_ms: at(1) };
+  told.longest_wall_ms = mainThreadTasks(trace, "dur").at(-1);
   assert.ok(tasks.length > 100, JSON.stringify(told));
   assert.ok(at(1) <= MAX_FRAME_MS, JSON.stringify(told));
   report(told);
