@@ -80,10 +80,6 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
     num_blocks, max_model_len = _pool_size(start, ops)
     decoder = Decoder(config, weights, ops, max_model_len)
     kv = KVCache(config, num_blocks, start.block_size, ops)
-    # One long session's memory, while the rest is loaded: it would wait for it otherwise.
-    one_session = -(-max_model_len // start.block_size)
-    num_populated = min(one_session, POPULATED_KV_BYTES // kv.bytes_per_block)
-    threading.Thread(target=kv.populate, args=[num_populated], name="kv-pages", daemon=True).start()
     runner = ModelRunner(
         decoder,
         kv,
@@ -95,6 +91,11 @@ def _load(start: Start) -> tuple[Engine, ModelInfo]:
     )
     static_root = root_key(start.fingerprint, ops.id, kv.layout, decoder.rope.variant)
     _warm_up(_scheduler(start, num_blocks, max_model_len, config), runner, config)
+    # One long session's memory, while nobody has asked yet: it would wait for it otherwise. Not
+    # sooner: loading wants both the cores and the memory's bandwidth.
+    one_session = -(-max_model_len // start.block_size)
+    num_populated = min(one_session, POPULATED_KV_BYTES // kv.bytes_per_block)
+    threading.Thread(target=kv.populate, args=[num_populated], name="kv-pages", daemon=True).start()
     backing = _backing(start, kv, static_root)
     engine = Engine(
         _scheduler(start, num_blocks, max_model_len, config, backing),
