@@ -47,8 +47,8 @@ class KVCache:
         return self._layers[index]
 
     def populate(self, num_blocks: int) -> None:
-        """Have the memory of the first blocks at hand: on some machines a page takes a millisecond
-        when it is first written. Contents stay, so any thread may do it at any time."""
+        """Have the memory of the first blocks at hand: on some machines a huge page takes 5 ms when
+        it is first written. Contents stay, so any thread may do it at any time."""
         if self.tensor.is_cpu:
             for kept in self.tensor[:, :, :num_blocks].flatten(0, 1):
                 populate(kept)

@@ -90,6 +90,14 @@ await visit({ viewport: { width: 1360, height: 860 } }, async (page) => {
   await log.focus();
   await page.keyboard.press("Home");
   await page.locator('.row[data-index="0"]').waitFor();
+  // The jumps are the page's own: the browser does nothing for a key that a script strikes.
+  for (const [key, row] of [
+    ["End", TURNS - 1],
+    ["Home", 0],
+  ]) {
+    await log.dispatchEvent("keydown", { key });
+    await page.locator(`.row[data-index="${row}"]`).waitFor();
+  }
   await page.getByRole("button", { name: "To the end" }).click();
   await page.locator(`.row[data-index="${TURNS - 1}"]`).waitFor();
 
@@ -117,8 +125,13 @@ await visit({ viewport: { width: 1360, height: 860 } }, async (page) => {
   const tasks = mainThreadTasks(trace, "tdur");
   assertSame(await shown(page), (await stored(id)).text);
   const at = (share) => tasks[Math.floor(share * (tasks.length - 1))];
-  const told = { opened_ms: opened, tasks: tasks.length, p99_ms: at(0.99), longest_ms: at(1) };
-  told.longest_wall_ms = mainThreadTasks(trace, "dur").at(-1);
+  const told = {
+    opened_ms: opened,
+    tasks: tasks.length,
+    p99_ms: at(0.99),
+    longest_ms: at(1),
+    longest_wall_ms: mainThreadTasks(trace, "dur").at(-1),
+  };
   assert.ok(tasks.length > 100, JSON.stringify(told));
   assert.ok(at(1) <= MAX_FRAME_MS, JSON.stringify(told));
   report(told);

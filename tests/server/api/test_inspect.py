@@ -434,16 +434,24 @@ def whole_answer(sock: socket.socket) -> str:
     return f"HTTP/1.1 {answer.status}\n{answer.headers}{answer.read().decode()}"
 
 
+def behind(
+    pool: ThreadPoolExecutor, http: httpx.Client, owner: str, seconds: float
+) -> Future[httpx.Response]:
+    """An inspection that waits for the one that runs: it has no answer after that time."""
+    asked = pool.submit(look, http, owner)
+    while wait([asked], timeout=seconds).done:  # the long one is not in yet
+        assert codes([asked.result()]) == {"ok": 1}
+        asked = pool.submit(look, http, owner)
+    return asked
+
+
 def crowd(pool: ThreadPoolExecutor, http: httpx.Client) -> list[Future[httpx.Response]]:
     """While ada's long one runs: as many as there is room for, and they are in when this
     returns."""
     owners = list(OWNERS)[: MAX_OF_ALL // MAX_OF_OWNER]
     each = [owner for owner in owners for _ in range(MAX_OF_OWNER + 1)]
     each.remove("ada")  # the long one is hers
-    first = pool.submit(look, http, each.pop())
-    while wait([first], timeout=1).done:  # the long one is not in yet
-        assert codes([first.result()]) == {"ok": 1}
-        first = pool.submit(look, http, owners[-1])
+    first = behind(pool, http, each.pop(), 1)
     asked = [first, *(pool.submit(look, http, owner) for owner in each)]
     wait_until(lambda: sum(one.done() for one in asked) == len(owners), 60, "no refusals")
     refused = [one.result() for one in asked if one.done()]
@@ -477,10 +485,7 @@ def test_a_client_that_leaves_ends_it(guarded: Server, http: httpx.Client) -> No
     an_eighth = time.monotonic() - begun
     with ThreadPoolExecutor(1) as pool:
         with running(guarded, "bob"):
-            waiting = pool.submit(look, http, "cleo")
-            while wait([waiting], timeout=an_eighth).done:  # the long one is not in yet
-                assert waiting.result().status_code == 200
-                waiting = pool.submit(look, http, "cleo")
+            waiting = behind(pool, http, "cleo", an_eighth)
         left = time.monotonic()
         assert waiting.result().status_code == 200
         assert time.monotonic() - left < 4 * an_eighth  # of the seven eighths that were left

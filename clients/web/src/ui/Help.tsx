@@ -8,6 +8,7 @@ const KEYS = [
   ["Ctrl+K", "search in sessions"],
   ["Ctrl+Shift+O", "new session"],
   ["Ctrl+B", "show or hide the list"],
+  ["Home, End", "the first turn, the last one"],
 ] as const;
 
 export function Help({ onClose }: { onClose: () => void }) {
