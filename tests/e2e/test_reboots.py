@@ -73,7 +73,8 @@ class Talker(threading.Thread):
         try:
             if self._reader is None:
                 self._reader = Reader(self._client, self._post(turn))
-            assert self._reader.read(), "a stream broke off"
+            # The server may have died right behind the end of it.
+            assert self._reader.done is not None or self._reader.read(), "a stream broke off"
             return True
         except httpx.TransportError:
             self.waits = True
@@ -112,7 +113,13 @@ def talk(server: Server, num_turns: int) -> list[Talker]:
 
 
 def wait_heard(talkers: list[Talker], count: int) -> None:
-    wait_until(lambda: sum(t.num_heard for t in talkers) >= count, 60, "the talk has ceased")
+    def heard() -> bool:
+        for talker in talkers:
+            if talker.fault is not None:
+                raise talker.fault
+        return sum(t.num_heard for t in talkers) >= count
+
+    wait_until(heard, 60, "the talk has ceased")
 
 
 def wait_noticed(talkers: list[Talker]) -> None:
