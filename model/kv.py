@@ -28,9 +28,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.tensor = ops.allocate_kv(config, num_blocks, block_size)
-        """[num_layers, 2, num_blocks, ...]"""
+        """[num_layers, 2, runs, blocks in a run, ...]"""
         self._layers = self.tensor.unbind(0)
-        self.bytes_per_block = self.tensor.nbytes // num_blocks
+        self._blocks_in_run = self.tensor.shape[3]
+        self.bytes_per_block = self._block(0).nbytes
         self.bytes_per_token = self.bytes_per_block // block_size
         self.layout = (
             f"{ops.kv_layout} layers={config.num_layers} block={block_size} "
@@ -40,28 +41,24 @@ class KVCache:
     @staticmethod
     def measure_block(config: DecoderConfig, block_size: int, ops: Ops) -> int:
         """The bytes of one block, to tell how many fit before the cache is made."""
-        return ops.allocate_kv(config, 1, block_size).nbytes
+        return ops.allocate_kv(config, 1, block_size)[:, :, 0, 0].nbytes
 
     def layer(self, index: int) -> torch.Tensor:
-        """The cache of one layer: [2, num_blocks, ...]."""
+        """The cache of one layer: [2, runs, blocks in a run, ...]."""
         return self._layers[index]
 
     def populate(self, num_blocks: int) -> None:
         """Have the memory of the first blocks at hand: on some machines a huge page takes 5 ms when
         it is first written. Contents stay, so any thread may do it at any time."""
         if self.tensor.is_cpu:
-            for kept in self.tensor[:, :, :num_blocks].flatten(0, 1):
+            num_runs = -(-num_blocks // self._blocks_in_run)
+            for kept in self.tensor[:, :, :num_runs].flatten(0, 1):
                 populate(kept)
 
     def copy_out(self, block_ids: Sequence[int]) -> list[bytes]:
         """The raw bytes of each block, K and V of all layers: `bytes_per_block` each."""
         self._check(block_ids)
-        if not block_ids:
-            return []
-        index = torch.tensor(list(block_ids), device=self.tensor.device)
-        blocks = self.tensor.index_select(2, index).movedim(2, 0).contiguous().cpu()
-        rows = blocks.view(len(block_ids), -1).view(torch.uint8).numpy()
-        return [row.tobytes() for row in rows]
+        return [self._block(block_id).cpu().numpy().tobytes() for block_id in block_ids]
 
     def copy_in(self, block_id: int, data: bytes | bytearray | memoryview) -> None:
         """Restore a block from what `copy_out` gave under the same `layout`.
@@ -71,12 +68,17 @@ class KVCache:
         size = memoryview(data).nbytes
         if size != self.bytes_per_block:
             raise ValueError(f"a block has {self.bytes_per_block} bytes, got {size}")
-        block = self.tensor[:, :, block_id].view(torch.uint8)
+        block = self._block(block_id)
         raw = np.frombuffer(data, dtype=np.uint8).reshape(block.shape)
         if block.is_cpu:
             block.numpy()[...] = raw  # torch would wake its threads for each block
         else:  # a copy of its own: torch wants writable memory, and this may be a mapped file
             block.copy_(torch.from_numpy(raw.copy()))
+
+    def _block(self, block_id: int) -> torch.Tensor:
+        """The bytes of a block where they lie: [num_layers, 2, ...] uint8."""
+        run, place = divmod(block_id, self._blocks_in_run)
+        return self.tensor[:, :, run, place].view(torch.uint8)
 
     def _check(self, block_ids: Sequence[int]) -> None:
         for block_id in block_ids:

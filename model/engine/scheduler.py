@@ -394,6 +394,7 @@ class Scheduler:
         """Blocks for `num_tokens` more tokens, preempting the youngest while none is left. False
         when the request itself had to go."""
         needed = -(-(request.num_computed_tokens + num_tokens) // self.block_size)
+        num_kept = len(request.block_table)
         while len(request.block_table) < needed:
             block = self.pool.allocate()
             if block is not None:
@@ -407,6 +408,8 @@ class Scheduler:
             plan.pop(youngest.id, None)
             if youngest is request:
                 return False
+        # Evicted blocks come last one first, and memory is best read forwards.
+        request.block_table[num_kept:] = sorted(request.block_table[num_kept:])
         return True
 
     def _preempt(self, request: Request) -> None:

@@ -67,7 +67,8 @@ class Ops(Protocol):
         """The weight of an `rms_norm`."""
 
     def allocate_kv(self, config: DecoderConfig, num_blocks: int, block_size: int) -> torch.Tensor:
-        """The zeroed cache: [num_layers, 2, num_blocks, ...]; the rest is the ops' own affair."""
+        """The zeroed cache: [num_layers, 2, runs, n, ...], where block b is [:, :, b // n, b % n].
+        Blocks of a run may lie interleaved in memory; the rest is the ops' own affair."""
 
     # ------------------------------------------------------------------ running
 

@@ -49,6 +49,7 @@ _KIND_OF = {"Q4_0": Kind.Q4, "Q4_1": Kind.Q4, "Q8_0": Kind.Q8, "BF16": Kind.BF16
 _BLOCK_TYPE = {Kind.Q4: "Q4_1", Kind.Q8: "Q8_0"}
 _PLAIN_DTYPE = {Kind.BF16: torch.bfloat16, Kind.F32: torch.float32}
 GROUP = 32
+RUN = 32  # blocks whose tiles of one head lie together, kRun in attention.hpp
 
 
 class NativeOps:
@@ -123,8 +124,8 @@ class NativeOps:
         return Vector(vector.to_torch(torch.float32, self.device).contiguous())
 
     def allocate_kv(self, config: DecoderConfig, num_blocks: int, block_size: int) -> torch.Tensor:
-        """[num_layers, 2, num_blocks, num_kv_heads, block_size / 16, 16 * head_dim] bf16; the tiles
-        as attention.hpp describes them."""
+        """[num_layers, 2, runs, 32, num_kv_heads, block_size / 16, 16 * head_dim] bf16, a view: the
+        heads come before the 32 blocks in memory. The tiles are as attention.hpp describes them."""
         if block_size % STRIP or config.head_dim % STRIP:
             raise ValueError(
                 f"the native kernels want a block size and a head dimension that are multiples of "
@@ -133,12 +134,13 @@ class NativeOps:
         shape = (
             config.num_layers,
             2,
-            num_blocks,
+            -(-num_blocks // RUN),  # blocks that fill up the last run take no memory: nobody writes
             config.num_kv_heads,
+            RUN,
             block_size // STRIP,
             STRIP * config.head_dim,
         )
-        return allocate(2 * math.prod(shape)).view(torch.bfloat16).view(shape)
+        return allocate(2 * math.prod(shape)).view(torch.bfloat16).view(shape).transpose(3, 4)
 
     def _kind(self, parts: Sequence[RawTensor]) -> Kind:
         """One kind for all parts of a fused matrix; plain floats where they cannot agree."""
@@ -298,7 +300,7 @@ class NativeOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tiles of attention.hpp, laid out flat: pairs of dimensions of the keys, pairs of
         tokens of the values."""
-        keys, values = kv_layer.index_select(1, blocks)  # [blocks, K, tiles, 16 * D]
+        keys, values = kv_layer[:, blocks // RUN, blocks % RUN]  # [blocks, K, tiles, 16 * D]
         heads, dim = keys.shape[1], keys.shape[3] // STRIP
         k = keys.unflatten(3, (dim // 2, STRIP, 2)).permute(0, 2, 4, 1, 3, 5)
         v = values.unflatten(3, (STRIP // 2, dim, 2)).permute(0, 2, 3, 5, 1, 4)
@@ -317,7 +319,7 @@ def _fill(step: CStep, rope: RopeTable, kv: KVCache, meta: AttentionMetadata) ->
     step.query_start, step.seq_lens = starts.data_ptr(), lens.data_ptr()
     step.cos, step.sin = rope.cos.data_ptr(), rope.sin.data_ptr()
     step.kv = kv.tensor.data_ptr()
-    step.num_blocks = kv.num_blocks
+    step.num_runs = kv.tensor.shape[2]
     step.layer_stride = kv.tensor.stride(0)
     return [tables, starts, lens]
 

@@ -101,7 +101,7 @@ class CStep(ctypes.Structure):
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("kv", ctypes.c_void_p),
-        ("num_blocks", ctypes.c_int64),
+        ("num_runs", ctypes.c_int64),
         ("layer_stride", ctypes.c_int64),
         ("buffers", ctypes.c_void_p),
         ("widths", ctypes.c_void_p),

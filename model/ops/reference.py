@@ -189,8 +189,9 @@ class ReferenceOps:
         return Dense(vector.to_torch(self.dtype, self.device))
 
     def allocate_kv(self, config: DecoderConfig, num_blocks: int, block_size: int) -> torch.Tensor:
-        """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]."""
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        """[num_layers, 2, num_blocks, 1, block_size, num_kv_heads, head_dim]."""
+        cells = (block_size, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, 2, num_blocks, 1, *cells)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     # ------------------------------------------------------------------ running
@@ -214,7 +215,7 @@ class ReferenceOps:
     def read_kv(
         self, kv_layer: torch.Tensor, blocks: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = kv_layer.index_select(1, blocks).flatten(1, 2)[:, :count].float()
+        keys, values = kv_layer.index_select(1, blocks).flatten(1, 3)[:, :count].float()
         return keys, values
 
     def split_heads(
@@ -256,7 +257,7 @@ class ReferenceOps:
             positions = meta.positions
             meta.derived["rope"] = (rope.cos[positions][:, None], rope.sin[positions][:, None])
         cos, sin = meta.derived["rope"]
-        keys, values = kv_layer.flatten(1, 2)
+        keys, values = kv_layer.flatten(1, 3)
         keys.index_copy_(0, meta.slot_mapping, _rotate(k, cos, sin))
         values.index_copy_(0, meta.slot_mapping, v)
         return _rotate(q, cos, sin)
@@ -269,9 +270,9 @@ class ReferenceOps:
         sliding_window: int | None,
     ) -> torch.Tensor:
         if "groups" not in meta.derived:
-            meta.derived["groups"] = _groups(meta, kv_layer.shape[2])
+            meta.derived["groups"] = _groups(meta, kv_layer.shape[3])
         groups: list[_Group] = meta.derived["groups"]
-        keys, values = kv_layer.flatten(1, 2)
+        keys, values = kv_layer.flatten(1, 3)
         num_kv_heads, head_dim = keys.shape[1:]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from model.config import DecoderConfig
 from model.kv import KVCache
 from model.ops.memory import allocate
+from model.ops.native import NativeOps
 from model.ops.reference import ReferenceOps
 from tests.fixtures.tiny import make_tiny
 from tests.model.decoding import Pool, load_decoder, make_tokens, read_config
@@ -87,6 +89,20 @@ def test_memory_is_at_hand_before_it_is_used(folder: Path) -> None:
     assert half > 64 << 20
     assert 0.8 * half < resident() - before < 1.3 * half
     assert kv.copy_out([6, 7, 8]) == [bytes(kv.bytes_per_block), data, bytes(kv.bytes_per_block)]
+
+
+def test_native_blocks_come_back_exactly_from_every_run(folder: Path) -> None:
+    """A head's tiles of 32 blocks lie together, so a block is in many pieces; the last run is not
+    full, and no block shares a byte with another."""
+    config, ops = read_config(folder), NativeOps(1)
+    kv = KVCache(config, 70, 16, ops)
+    order = list(range(70))
+    random.Random(0).shuffle(order)
+    data = {block_id: random.Random(block_id).randbytes(kv.bytes_per_block) for block_id in order}
+    for block_id in order:
+        kv.copy_in(block_id, data[block_id])
+    assert kv.copy_out(order) == [data[block_id] for block_id in order]
+    assert KVCache.measure_block(config, 16, ops) == kv.bytes_per_block == len(data[0])
 
 
 def test_a_sequence_goes_on_from_restored_blocks(folder: Path) -> None:

@@ -1,6 +1,8 @@
 // Paged attention: one code path for decodes and prefill chunks.
 //
-// K and V are bf16 in tiles of 16 tokens, aligned to absolute positions, each tile for one KV head:
+// K and V are bf16 in tiles of 16 tokens, aligned to absolute positions, each tile for one KV head.
+// What one head has in a run of 32 blocks lies together, so that blocks which follow each other are
+// read in one direction, as the processor's own prefetching likes it.
 //
 //   K tile  [head_dim / 2][16 tokens][2]   sixteen keys per load; two dimensions beside each other
 //   V tile  [8 pairs of tokens][head_dim][2]   sixteen dimensions per load; two tokens beside each
@@ -20,7 +22,7 @@
 
 namespace hw {
 
-constexpr int kTile = 16, kStep = 64, kSpan = 512, kMaxItemRows = 24;
+constexpr int kTile = 16, kRun = 32, kStep = 64, kSpan = 512, kMaxItemRows = 24;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Heads {
@@ -28,15 +30,15 @@ struct Heads {
   int group() const { return num_heads / num_kv_heads; }
 };
 
-// The cache of one layer: [2][num_blocks][num_kv_heads][block_size / 16][16 * head_dim].
+// The cache of one layer: [2][num_runs][num_kv_heads][32 blocks][block_size / 16][16 * head_dim].
 struct Cache {
   uint16_t* base;
-  int64_t num_blocks;
+  int64_t num_runs;
 
   uint16_t* tile(const Heads& h, int is_value, int64_t block, int head, int tile) const {
     const int64_t tiles = h.block_size / kTile;
-    return base + ((((is_value * num_blocks + block) * h.num_kv_heads + head) * tiles + tile) *
-                   kTile * h.head_dim);
+    const int64_t run = (is_value * num_runs + block / kRun) * h.num_kv_heads + head;
+    return base + ((run * kRun + block % kRun) * tiles + tile) * kTile * h.head_dim;
   }
 };
 
@@ -387,7 +389,9 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
       tiles.values[tiles.count - 1] = own.tail;
     }
     Fetch fetch(following, dim);
-    const int lines_a_row = fetch.num_lines() / rows.count + 1;
+    // The products ask for a line a step; the softmax of each row for its share of what is left.
+    const int left_over = fetch.num_lines() - tiles.count * dim / kWide;
+    const int lines_a_row = (left_over + rows.count - 1) / rows.count;
     for (int r = 0; r < rows.count;) {
       const int left = rows.count - r;
       int width = std::min(left, kRowsTogether);

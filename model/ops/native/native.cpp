@@ -47,8 +47,8 @@ struct Step {
   const int64_t* block_tables;  // [S][max_blocks]
   const int32_t *query_start, *seq_lens;
   const float *cos, *sin;  // [max positions][rotary / 2]
-  uint16_t* kv;            // [layers][2][blocks]...
-  int64_t num_blocks, layer_stride;  // in elements
+  uint16_t* kv;            // [layers][2][runs]...
+  int64_t num_runs, layer_stride;  // in elements
   float* const* buffers;   // [num_buffers]
   const int32_t* widths;   // floats in a row of each buffer
 };
@@ -203,7 +203,7 @@ class Run {
   }
 
   Cache cache(const Instruction& op) const {
-    return {step_.kv + op.layer * step_.layer_stride, step_.num_blocks};
+    return {step_.kv + op.layer * step_.layer_stride, step_.num_runs};
   }
 
   void rope_kv(const Instruction& op, int t) {

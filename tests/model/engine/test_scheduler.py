@@ -38,6 +38,17 @@ def test_answers_do_not_depend_on_blocks_or_chunks(block_size: int, budget: int)
     assert tokens == {i: oracle(p, 9, 96 // block_size * block_size) for i, p in prompts.items()}
 
 
+def test_a_prompt_lies_in_ascending_blocks_where_evicted_ones_take_it() -> None:
+    """A sequence is evicted last block first; attention reads the next one's from the first on."""
+    engine, _ = make_engine(num_blocks=8, block_size=4, max_num_batched_tokens=32)
+    submit(engine, "old", prompt_without_end(28, 1), max_tokens=1)
+    run_to_end(engine)
+    submit(engine, "new", prompt_without_end(28, 4, seed=1), max_tokens=4)
+    (sequence,) = engine.scheduler.schedule().sequences
+    assert engine.stats().evicted_blocks == 6
+    assert sequence.request.block_table == sorted(sequence.request.block_table)
+
+
 def test_preempted_requests_give_the_same_answers() -> None:
     engine, _ = make_engine(num_blocks=8, block_size=4, max_num_seqs=4)
     prompts = {f"r{i}": prompt_without_end(4, 16, seed=i) for i in range(4)}

@@ -43,10 +43,11 @@ class World {
       max_blocks = std::max(max_blocks, size_t(blocks));
       longest = std::max(longest, s.context);
     }
-    layout_ = {num_blocks, c.kv_heads, c.dim, c.block_size};
+    const int64_t num_runs = (num_blocks + 31) / 32;
+    layout_ = {num_runs, c.kv_heads, c.dim, c.block_size};
     max_blocks_ = int(max_blocks);
     std::vector<int64_t> free;
-    for (int64_t b = 0; b < num_blocks; ++b) free.push_back(b);
+    for (int64_t b = 0; b < num_runs * 32; ++b) free.push_back(b);
     for (size_t i = free.size(); i > 1; --i)
       std::swap(free[i - 1], free[size_t(random_.below(int(i)))]);
     tables_ = Exact<int64_t>(c.sequences.size() * max_blocks, kNoBlock);
@@ -170,7 +171,7 @@ class World {
     made.cos = cos_.data();
     made.sin = sin_.data();
     made.kv = kv.data();
-    made.num_blocks = layout_.num_blocks;
+    made.num_runs = layout_.num_runs;
     made.layer_stride = layout_.size();
     Instruction rope = instruction(kRopeKV, 0, 0), attend = instruction(kAttend, 0, 1);
     rope.layer = attend.layer = kLayer;

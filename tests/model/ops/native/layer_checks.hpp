@@ -10,7 +10,8 @@ namespace test {
 inline void check_layer(int kind, int num_steps) {
   Random random(uint64_t(kind) + 50);
   constexpr int kHidden = 64, kHeads = 4, kKVHeads = 2, kDim = 16, kWide = 96, kBlock = 16;
-  constexpr int kVocab = 40, kMost = 80, kBlocks = 12, kQKV = (kHeads + 2 * kKVHeads) * kDim;
+  constexpr int kVocab = 40, kMost = 80, kQKV = (kHeads + 2 * kKVHeads) * kDim;
+  constexpr int kRuns = 2, kBlocks = 32 * kRuns;
   const TestMatrix embedding = make_matrix(kind, {kVocab}, kHidden, false, random);
   const TestMatrix qkv = make_matrix(kind, {kHeads * kDim, kKVHeads * kDim, kKVHeads * kDim},
                                      kHidden, true, random);
@@ -84,7 +85,7 @@ inline void check_layer(int kind, int num_steps) {
     step.seq_lens = lens.data();
     step.cos = cos.data();
     step.sin = sin.data();
-    step.num_blocks = kBlocks;
+    step.num_runs = kRuns;
     step.layer_stride = 2 * kBlocks * kKVHeads * kBlock * kDim;
     Exact<uint16_t> at_once(size_t(step.layer_stride), 0x7fc1), apart = at_once;
     Buffers whole{tokens, {}, {}}, parts{tokens, {}, {}};

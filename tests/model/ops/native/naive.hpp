@@ -127,16 +127,17 @@ inline std::vector<Near> multiply(const Weights& w, const Activations& a) {
 }
 
 // Where K and V of a token lie, counted in bf16 values from the start of a layer:
-// [K, V][blocks][kv heads][block_size / 16][tile], a K tile [dim / 2][16 tokens][2], a V tile
-// [8 pairs of tokens][dim][2].
+// [K, V][runs][kv heads][32 blocks][block_size / 16][tile], a K tile [dim / 2][16 tokens][2], a V
+// tile [8 pairs of tokens][dim][2].
 struct Layout {
-  int64_t num_blocks;
+  int64_t num_runs;
   int num_kv_heads, head_dim, block_size;
 
-  int64_t size() const { return 2 * num_blocks * num_kv_heads * block_size * head_dim; }
+  int64_t size() const { return 2 * num_runs * 32 * num_kv_heads * block_size * head_dim; }
   int64_t tile(int64_t slot, int head) const {
     const int64_t block = slot / block_size, tile_of_block = slot % block_size / 16;
-    return ((block * num_kv_heads + head) * (block_size / 16) + tile_of_block) * 16 * head_dim;
+    const int64_t place = (block / 32 * num_kv_heads + head) * 32 + block % 32;
+    return (place * (block_size / 16) + tile_of_block) * 16 * head_dim;
   }
   int64_t key(int64_t slot, int head, int d) const {
     return tile(slot, head) + d / 2 * 32 + slot % 16 * 2 + d % 2;
