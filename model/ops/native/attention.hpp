@@ -273,19 +273,21 @@ struct Rows {
 };
 
 // What a thread needs to attend: [row][64] scores and probabilities, [row][head_dim] queries, one
-// tile of values, and the sums of a span and of all spans.
+// tile of values, and the sums of a span; and for each row of an item what comes of it.
 struct Scratch {
   float* scores;
   Factor* p;
   Factor* q;
   uint16_t* tail;
-  float *span_acc, *total_acc;
+  float *span_acc, *result_acc;
+  Partial* results;
 
-  Scratch(float* base, int head_dim) : scores(base) {
-    const size_t rows = kMaxItemRows, dim = size_t(head_dim);
+  Scratch(float* base, const Heads& h) : scores(base) {
+    const size_t rows = kMaxItemRows, dim = size_t(h.head_dim);
     span_acc = scores + rows * kStep;
-    total_acc = span_acc + rows * dim;
-    tail = reinterpret_cast<uint16_t*>(total_acc + rows * dim);
+    result_acc = span_acc + rows * dim;
+    results = reinterpret_cast<Partial*>(result_acc + item_rows(h) * dim);
+    tail = reinterpret_cast<uint16_t*>(results + item_rows(h));
     q = reinterpret_cast<Factor*>(tail + kTile * dim);
 #if HW_BF16
     p = q + rows * dim;
@@ -295,9 +297,13 @@ struct Scratch {
   }
 
   // in floats
-  static size_t size(int head_dim) {
-    return kMaxItemRows * (2 * size_t(kStep) + 3 * size_t(head_dim)) + kTile * size_t(head_dim) / 2;
+  static size_t size(const Heads& h) {
+    const size_t rows = kMaxItemRows, dim = size_t(h.head_dim);
+    return rows * 2 * (kStep + dim) + item_rows(h) * (dim + 2) + kTile * dim / 2;
   }
+
+ private:
+  static size_t item_rows(const Heads& h) { return size_t(std::max(kMaxItemRows, h.group())); }
 };
 
 // Sixteen probabilities.
@@ -464,6 +470,13 @@ struct Attention {
   float* partial_acc;  // [num_partials][head_dim]
 };
 
+// Where row `r` of an item goes: the query heads of the first query, then those of the next.
+inline float* attended(const Attention& a, const Item& item, const Sequence& seq, int r) {
+  const int group = a.heads.group(), token = seq.query_start + item.first + r / group;
+  const int head = item.head * group + r % group;
+  return a.out + (size_t(token) * a.heads.num_heads + head) * a.heads.head_dim;
+}
+
 // Where an item begins.
 inline KeyStep first_tiles(const Attention& a, const Item* item) {
   if (!item) return KeyStep{};
@@ -471,17 +484,19 @@ inline KeyStep first_tiles(const Attention& a, const Item* item) {
   return tiles_of(a.heads, a.cache, seq, item->head, std::max(0, item->span) * kSpan, seq.seq_len);
 }
 
-// `next` is the item that this thread will probably be given next, or null.
+// Into the results of `scratch`. `next` is the item that this thread will probably be given next, or
+// null.
 inline void run_item(const Attention& a, const Item& item, const Item* next, float* scratch) {
   const Heads& h = a.heads;
   const Sequence& seq = a.sequences[item.sequence];
   const int group = h.group(), dim = h.head_dim;
-  const Scratch own(scratch, dim);
+  const Scratch own(scratch, h);
   // A wide group (more than 24 query heads on one KV head) goes in several passes.
   for (int from = 0; from < item.count * group; from += kMaxItemRows) {
     Rows rows;
     rows.count = std::min(kMaxItemRows, item.count * group - from);
-    Partial total[kMaxItemRows];
+    Partial* total = own.results + from;
+    float* total_acc = own.result_acc + size_t(from) * dim;
     int last = 0;
     for (int r = 0; r < rows.count; ++r) {
       const int query = item.first + (from + r) / group, lane = (from + r) % group;
@@ -499,8 +514,7 @@ inline void run_item(const Attention& a, const Item& item, const Item* next, flo
     for (int span = begin; span < end; ++span) {
       for (int r = 0; r < rows.count; ++r) {
         rows.result[r] = {kNothing, 0.0f};
-        rows.acc[r] = item.span < 0 ? own.span_acc + r * dim
-                                    : a.partial_acc + size_t(item.partial + from + r) * dim;
+        rows.acc[r] = (item.span < 0 ? own.span_acc : total_acc) + r * dim;
         std::memset(rows.acc[r], 0, size_t(dim) * 4);
       }
       const int behind = (span + 1) * kSpan;
@@ -509,17 +523,27 @@ inline void run_item(const Attention& a, const Item& item, const Item* next, flo
       attend_span(h, a.cache, seq, item.head, span * kSpan, std::min(last, behind), after, rows,
                   own);
       for (int r = 0; r < rows.count; ++r) {
-        if (item.span < 0) merge(total[r], own.total_acc + r * dim, rows.result[r], rows.acc[r], dim);
-        else a.partials[item.partial + from + r] = rows.result[r];
+        if (item.span < 0) merge(total[r], total_acc + r * dim, rows.result[r], rows.acc[r], dim);
+        else total[r] = rows.result[r];
       }
     }
-    if (item.span >= 0) continue;
-    for (int r = 0; r < rows.count; ++r) {
-      const int query = item.first + (from + r) / group, lane = (from + r) % group;
-      put_attended(total[r], own.total_acc + r * dim, dim,
-                   a.out + (size_t(seq.query_start + query) * h.num_heads + item.head * group + lane) * dim);
-    }
   }
+}
+
+// What `run_item` left, to where it belongs.
+inline void keep_item(const Attention& a, const Item& item, float* scratch) {
+  const Heads& h = a.heads;
+  const int group = h.group(), dim = h.head_dim, rows = item.count * group;
+  const Scratch own(scratch, h);
+  if (item.span >= 0) {
+    std::copy(own.results, own.results + rows, a.partials + item.partial);
+    std::copy(own.result_acc, own.result_acc + size_t(rows) * dim,
+              a.partial_acc + size_t(item.partial) * dim);
+    return;
+  }
+  const Sequence& seq = a.sequences[item.sequence];
+  for (int r = 0; r < rows; ++r)
+    put_attended(own.results[r], own.result_acc + size_t(r) * dim, dim, attended(a, item, seq, r));
 }
 
 inline void run_merge(const Attention& a, const Item& item, float* scratch) {
@@ -532,8 +556,7 @@ inline void run_merge(const Attention& a, const Item& item, float* scratch) {
       const size_t at = size_t(item.partial) + size_t(span) * rows + r;
       merge(total, scratch, a.partials[at], a.partial_acc + at * dim, dim);
     }
-    put_attended(total, scratch, dim,
-                 a.out + (size_t(seq.query_start + r / group) * h.num_heads + item.head * group + r % group) * dim);
+    put_attended(total, scratch, dim, attended(a, item, seq, r));
   }
 }
 

@@ -269,25 +269,17 @@ inline void dots_q8(const uint8_t* tile, const QuantGroup* rows, F16* dot) {
 
 // ------------------------------------------------------------------------ a strip times M rows
 
-// Where the results of a strip go: y[row * stride + output], stored or added to what is there.
-// `pairs`: two rows beside each other are the parts of one.
+// Where the results of some strips and rows go: those of strip and row `first_*` come first in `y`,
+// [row][stride]. `pairs`: two rows beside each other are the parts of one.
 struct Output {
   float* y;
-  int stride;
-  bool add, pairs;
+  int stride, first_strip, first_row;
+  bool pairs;
 };
 
 inline void put(const Matrix& m, int strip, int row, F16 value, Output out) {
   if (m.bias) value = add(value, load(m.bias + strip * kStrip));
-  float* to = out.y + size_t(row) * out.stride + strip * kStrip;
-  const int width = std::min(kStrip, m.rows - strip * kStrip);
-  if (width == kStrip) {
-    store(to, out.add ? add(load(to), value) : value);
-    return;
-  }
-  float lanes[kStrip];
-  store(lanes, value);
-  for (int i = 0; i < width; ++i) to[i] = out.add ? to[i] + lanes[i] : lanes[i];
+  store(out.y + size_t(row - out.first_row) * out.stride + (strip - out.first_strip) * kStrip, value);
 }
 
 // Rows row .. row + M - 1, all of one block. `fetch`: the weights are still in memory.

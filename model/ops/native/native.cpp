@@ -55,6 +55,8 @@ struct Step {
 
 constexpr int kFewRows = 4;    // up to here each thread prepares the rows for itself: no barrier
 constexpr int kRowsAtOnce = 64;  // rows of one claimed tile of a large product
+constexpr int kMostStrips = 8;   // strips of one
+constexpr int kMostResults = kMostStrips * kStrip * kRowsAtOnce;
 
 struct Engine {
   explicit Engine(int threads)
@@ -95,8 +97,9 @@ class Run {
     }
     grow(engine.rows, row_bytes * step.num_tokens + 64);
     row_scratch_ = (widest * 4 + 63) / 64 * 64;
-    const size_t each = row_scratch_ + row_bytes * kFewRows +
-                        Scratch::size(std::max(model.heads.head_dim, 16)) * 4 + 128;
+    const size_t products = row_scratch_ + row_bytes * kFewRows + sizeof(float) * kMostResults;
+    const size_t attention = attends ? sizeof(float) * Scratch::size(model.heads) : 0;
+    const size_t each = std::max(products, attention) + 128;
     for (auto& own : engine.scratch) grow(own, each);
     engine.phases.reset(2 * model.num_instructions);  // none has more than two
   }
@@ -138,9 +141,9 @@ class Run {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
   }
 
-  template <class Body>
-  void shared(int thread, int& phase, int count, Body&& body) {
-    engine_.phases.run(thread, phase++, count, body);
+  template <class... Body>
+  void shared(int thread, int& phase, int count, Body&&... body) {
+    engine_.phases.run(thread, phase++, count, body...);
   }
 
   template <class Body>
@@ -185,21 +188,35 @@ class Run {
     bool prepared = !few;
     char* rows = few ? own + row_scratch_ : aligned(engine_.rows.data());
     if (!few) by_token(thread, phase, [&](int t) { prepare(op, t, own, rows); });
-    const Output out{step_.buffers[op.out], step_.widths[op.out], op.add != 0, parts == 2};
+    float* results = reinterpret_cast<float*>(aligned(few ? rows + prepared_bytes(op) * kFewRows : own));
     const int strips = num_strips(op.matrix), num_rows = tokens * parts;
     const int chunks = (num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
     // A few strips at a time where there are many, so that claiming costs nothing.
-    const int at_once = std::max(1, std::min(8, strips / (engine_.team.size() * 8)));
+    const int at_once = std::max(1, std::min(kMostStrips, strips / (engine_.team.size() * 8)));
     const int groups = (strips + at_once - 1) / at_once;
-    shared(thread, phase, groups * chunks, [&](int i) {
+    const int stride = at_once * kStrip;
+    const auto compute = [&](int i) {
       const int first = i / chunks * at_once, chunk = i % chunks * kRowsAtOnce;
       const int last_row = std::min(num_rows, chunk + kRowsAtOnce);
       if (!prepared)  // a thread that gets no tile must not even look at the rows
         for (int t = 0; t < tokens; ++t) prepare(op, t, own, rows);
       prepared = true;
+      const Output out{results, stride, first, chunk / parts, parts == 2};
       for (int strip = first; strip < std::min(strips, first + at_once); ++strip)
         strip_rows(op.matrix, strip, rows, num_rows, chunk, last_row, out);
-    });
+    };
+    const auto keep = [&](int i) {
+      const int first = i / chunks * stride, chunk = i % chunks * kRowsAtOnce;
+      const int width = std::min(stride, op.matrix.rows - first);
+      const int last_row = std::min(num_rows, chunk + kRowsAtOnce);
+      const float* from = results;
+      for (int t = chunk / parts; t < last_row / parts; ++t, from += stride) {
+        float* to = row(op.out, t) + first;
+        if (op.add) add_to(to, from, width);
+        else std::memcpy(to, from, size_t(width) * sizeof(float));
+      }
+    };
+    shared(thread, phase, groups * chunks, compute, keep);
   }
 
   Cache cache(const Instruction& op) const {
@@ -234,9 +251,10 @@ class Run {
     float* scratch = reinterpret_cast<float*>(aligned(engine_.scratch[size_t(thread)].data()));
     const Item* items = work_.items.data();
     const int count = int(work_.items.size());
-    shared(thread, phase, count, [&](int i) {
+    const auto compute = [&](int i) {
       run_item(a, items[i], i + 1 < count ? items + i + 1 : nullptr, scratch);
-    });
+    };
+    shared(thread, phase, count, compute, [&](int i) { keep_item(a, items[i], scratch); });
     if (!work_.merges.empty())
       shared(thread, phase, int(work_.merges.size()),
              [&](int i) { run_merge(a, work_.merges[size_t(i)], scratch); });

@@ -25,6 +25,12 @@ inline void rms_norm(const float* x, const float* weight, float eps, int n, floa
   for (int i = 0; i < n; i += 16) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
 }
 
+inline void add_to(float* y, const float* x, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, add(load(y + i), load(x + i)));
+  for (; i < n; ++i) y[i] += x[i];
+}
+
 // silu(gate) * up with silu(g) = g / (1 + e^-g); gate and up lie one behind the other.
 inline void silu_and_mul(const float* gate_up, int n, float* out) {
   for (int i = 0; i < n; i += 16) {

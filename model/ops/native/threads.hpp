@@ -2,11 +2,15 @@
 //
 // The cores are shared with others, so nobody waits for a thread, only for work that it has begun.
 // A phase is over when its tiles are done, whoever did them; a thread that comes late finds what is
-// left, or the region closed. One that waits spins for a few microseconds and then sleeps in the
-// kernel.
+// left, or the region closed; what a stopped thread was at, another one does. One that waits spins
+// for a few microseconds and then sleeps in the kernel.
 #pragma once
 
+#include <sched.h>
+
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <cstdint>
 #include <functional>
@@ -19,6 +23,11 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+
+// Where a test stops threads.
+#ifndef HW_STALL
+#define HW_STALL(thread) (void)(thread)
 #endif
 
 namespace hw {
@@ -117,44 +126,123 @@ class Team {
   std::atomic<bool> stopping_{false};
 };
 
+// A clock for short times: some 0.3 to 1 ns a tick.
+inline uint64_t ticks() {
+#if defined(__x86_64__)
+  return __rdtsc();
+#else
+  return uint64_t(std::chrono::steady_clock::now().time_since_epoch().count());
+#endif
+}
+
+// In ticks: some 30 to 100 microseconds; longer where a thread does not know how long a tile takes.
+constexpr uint64_t kPatience = 100000, kNewcomerPatience = 10 * kPatience;
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kTakesOver = false;  // what a stopped thread reads is a race, if one without effect
+#else
+constexpr bool kTakesOver = true;
+#endif
+
 // The phases of a region, one after the other. The tiles 0 .. count - 1 of each are given once. Each
 // thread has a range of neighbours, so that it reads memory in one direction, and then takes from
 // the ranges of others what they have not begun.
+//
+// A tile is computed into memory of the thread's own, then kept: written to where it belongs, by
+// whoever has it first. For when the system stops a thread in the midst of a tile, for a millisecond
+// or more, the others would all wait for it: one that has nothing else to do computes the tile anew.
+// What the stopped one computed is dropped when it comes back. It may have read what others were
+// writing by then, so computing must be no worse for it than a wrong result.
 class Phases {
  public:
-  explicit Phases(int threads) : threads_(threads) {}
+  explicit Phases(int threads) : threads_(threads), claims_(size_t(threads)) {}
 
   // Before the region begins.
   void reset(int count) {
-    const size_t size = size_t(count) * size_t(threads_ + 1);
-    if (counters_.size() < size) counters_ = std::vector<Counter>(size);
-    for (size_t i = 0; i < size; ++i) counters_[i].value.store(0, std::memory_order_relaxed);
+    const size_t size = size_t(count) * size_t(threads_);
+    if (progress_.size() < size) progress_ = std::vector<Progress>(size);
+    for (size_t i = 0; i < size; ++i) {
+      progress_[i].next.store(0, std::memory_order_relaxed);
+      progress_[i].kept.store(0, std::memory_order_relaxed);
+    }
   }
 
-  // Tiles of phase `number`, as long as there are any; returns when all are done. `body` must touch
-  // nothing outside: another thread may be phases ahead of one that got no tile.
-  template <class Body>
-  void run(int thread, int number, int count, Body&& body) {
-    Counter* counters = counters_.data() + size_t(number) * size_t(threads_ + 1);
-    auto& done = counters[threads_].value;
+  // Tiles of phase `number`, as long as there are any; returns when all are done. Neither `compute`
+  // nor `keep` may touch anything outside: another thread may be phases ahead of one that got no
+  // tile.
+  template <class Compute, class Keep>
+  void run(int thread, int number, int count, Compute&& compute, Keep&& keep) {
+    Progress* progress = progress_.data() + size_t(number) * size_t(threads_);
     int mine = 0;
+    const auto finish = [&](std::atomic<uint64_t>& claim, uint64_t expected, int tile) {
+      HW_STALL(thread);
+      if (!claim.compare_exchange_strong(expected, 0)) return;  // another one has kept it
+      keep(tile);
+      progress[thread].kept.store(++mine);
+    };
+    const auto done = [&] {
+      int sum = 0;
+      for (int i = 0; i < threads_; ++i) sum += progress[i].kept.load();
+      return sum == count;
+    };
+    uint64_t longest = 0, at = ticks();
     for (int i = 0; i < threads_; ++i) {
       const int64_t whose = (thread + i) % threads_;
       const int begin = int(count * whose / threads_), end = int(count * (whose + 1) / threads_);
-      auto& next = counters[whose].value;
-      for (int tile; (tile = begin + next.fetch_add(1, std::memory_order_relaxed)) < end; ++mine)
-        body(tile);
+      auto& next = progress[whose].next;
+      for (int tile; (tile = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        auto& claim = claims_[size_t(thread)].value;
+        const uint64_t this_one = uint64_t(number) << 32 | uint64_t(tile) << 1 | 1;
+        claim.store(this_one, std::memory_order_release);
+        compute(tile);
+        finish(claim, this_one, tile);
+        const uint64_t now = ticks();
+        longest = std::max(longest, now - at);
+        at = now;
+      }
     }
-    if (mine != 0 && done.fetch_add(mine) + mine == count) over_.next();
-    over_.wait_until([&] { return done.load(std::memory_order_acquire) == count; }, kSpins);
+    if (done()) {  // of threads that end at once, one at least sees it
+      if (mine != 0) over_.next();
+      return;
+    }
+    // Four times as long as my longest tile is more than anybody needs who was not stopped.
+    const uint64_t patience = longest == 0 ? kNewcomerPatience : std::max(kPatience, 4 * longest);
+    for (int spins = 0; ticks() - at < patience; ++spins) {
+      if (done()) return;
+      if (spins < kSpins) relax();
+      else sched_yield();
+    }
+    for (int i = 1; kTakesOver && i < threads_ && !done(); ++i) {
+      auto& claim = claims_[size_t((thread + i) % threads_)].value;
+      const uint64_t theirs = claim.load(std::memory_order_acquire);
+      const int tile = int(uint32_t(theirs) >> 1);
+      if (!(theirs & 1) || int(theirs >> 32) != number) continue;
+      compute(tile);
+      finish(claim, theirs, tile);
+    }
+    if (mine != 0 && done()) over_.next();
+    over_.wait_until(done, 0);
+  }
+
+  // Tiles that nobody may take over.
+  template <class Body>
+  void run(int thread, int number, int count, Body&& body) {
+    run(thread, number, count, [](int) {}, body);
   }
 
  private:
-  struct alignas(64) Counter {
-    std::atomic<int> value{0};
+  // Of a thread in a phase: the first tile of its range that nobody has, and how many it has kept.
+  struct alignas(64) Progress {
+    std::atomic<int> next{0}, kept{0};
   };
+  // What a thread computes: phase, tile and a 1; or 0.
+  struct alignas(64) Claim {
+    std::atomic<uint64_t> value{0};
+  };
+
   const int threads_;
-  std::vector<Counter> counters_;
+  std::vector<Progress> progress_;
+  std::vector<Claim> claims_;
   Signal over_;
 };
 

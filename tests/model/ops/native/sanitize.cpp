@@ -5,9 +5,12 @@
 //   sanitize SIZE    SIZE: small (for ThreadSanitizer), normal, or long
 //
 // Prints the instruction set and the number of comparisons; exits 1 at the first mismatch.
+#include "stalls.hpp"
+
 #include "attention_checks.hpp"
 #include "layer_checks.hpp"
 #include "linear_checks.hpp"
+#include "phases_checks.hpp"
 #include "sampling_checks.hpp"
 
 using test::AttentionCase;
@@ -82,6 +85,7 @@ void check_attention(bool small, bool all) {
 int main(int count, char** arguments) {
   const std::string size = count > 1 ? arguments[1] : "normal";
   const bool small = size == "small", all = size == "long";
+  for (int num_threads : {2, 3, 4}) test::check_a_stopped_thread(num_threads);
   check_linears(small);
   for (int kind : kKinds) test::check_embedding(kind, 2);
   for (int width : {16, 48, 576}) test::check_norm(small ? 5 : 70, width, 3);
