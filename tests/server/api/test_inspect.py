@@ -515,9 +515,7 @@ def test_a_key_is_needed(guarded: Server) -> None:
 def test_it_ends_with_the_server(guarded: Server, http: httpx.Client) -> None:
     """The last one here: nothing is left of the server."""
     with ThreadPoolExecutor(1) as pool, running(guarded, "ada") as sock:
-        waiting = pool.submit(look, http, "bob")
-        with pytest.raises(TimeoutError):
-            waiting.result(0.3)
+        waiting = behind(pool, http, "bob", 1)
         guarded.process.terminate()
         told = whole_answer(sock)
         assert codes([waiting.result()]) == {"server_draining": 1}
