@@ -30,7 +30,6 @@ class KVCache:
         self.tensor = ops.allocate_kv(config, num_blocks, block_size)
         """[num_layers, 2, runs, blocks in a run, ...]"""
         self._layers = self.tensor.unbind(0)
-        self._blocks_in_run = self.tensor.shape[3]
         self.bytes_per_block = self._block(0).nbytes
         self.bytes_per_token = self.bytes_per_block // block_size
         self.layout = (
@@ -51,7 +50,7 @@ class KVCache:
         """Have the memory of the first blocks at hand: on some machines a huge page takes 5 ms when
         it is first written. Contents stay, so any thread may do it at any time."""
         if self.tensor.is_cpu:
-            num_runs = -(-num_blocks // self._blocks_in_run)
+            num_runs = -(-num_blocks // self.tensor.shape[3])
             for kept in self.tensor[:, :, :num_runs].flatten(0, 1):
                 populate(kept)
 
@@ -77,7 +76,7 @@ class KVCache:
 
     def _block(self, block_id: int) -> torch.Tensor:
         """The bytes of a block where they lie: [num_layers, 2, ...] uint8."""
-        run, place = divmod(block_id, self._blocks_in_run)
+        run, place = divmod(block_id, self.tensor.shape[3])
         return self.tensor[:, :, run, place].view(torch.uint8)
 
     def _check(self, block_ids: Sequence[int]) -> None:

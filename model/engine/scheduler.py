@@ -408,8 +408,8 @@ class Scheduler:
             plan.pop(youngest.id, None)
             if youngest is request:
                 return False
-        # Evicted blocks come last one first, and memory is best read forwards.
-        request.block_table[num_kept:] = sorted(request.block_table[num_kept:])
+        if needed > num_kept + 1:  # evicted ones come last one first; memory is best read forwards
+            request.block_table[num_kept:] = sorted(request.block_table[num_kept:])
         return True
 
     def _preempt(self, request: Request) -> None:

@@ -3,7 +3,8 @@
 // The cores are shared with others, so nobody waits for a thread, only for work that it has begun.
 // A phase is over when its tiles are done, whoever did them; a thread that comes late finds what is
 // left, or the region closed; what a stopped thread was at, another one does. One that waits spins
-// for a few microseconds and then sleeps in the kernel.
+// for a few microseconds, then lets others have its core as long as it may still be of use, and then
+// sleeps in the kernel.
 #pragma once
 
 #include <sched.h>
@@ -174,9 +175,9 @@ class Phases {
   void run(int thread, int number, int count, Compute&& compute, Keep&& keep) {
     Progress* progress = progress_.data() + size_t(number) * size_t(threads_);
     int mine = 0;
-    const auto finish = [&](std::atomic<uint64_t>& claim, uint64_t expected, int tile) {
+    const auto finish = [&](std::atomic<uint64_t>& whose, uint64_t claimed, int tile) {
       HW_STALL(thread);
-      if (!claim.compare_exchange_strong(expected, 0)) return;  // another one has kept it
+      if (!whose.compare_exchange_strong(claimed, 0)) return;  // another one has kept it
       keep(tile);
       progress[thread].kept.store(++mine);
     };
@@ -185,13 +186,13 @@ class Phases {
       for (int i = 0; i < threads_; ++i) sum += progress[i].kept.load();
       return sum == count;
     };
+    auto& claim = claims_[size_t(thread)].value;
     uint64_t longest = 0, at = ticks();
     for (int i = 0; i < threads_; ++i) {
-      const int64_t whose = (thread + i) % threads_;
-      const int begin = int(count * whose / threads_), end = int(count * (whose + 1) / threads_);
-      auto& next = progress[whose].next;
+      const int64_t range = (thread + i) % threads_;
+      const int begin = int(count * range / threads_), end = int(count * (range + 1) / threads_);
+      auto& next = progress[range].next;
       for (int tile; (tile = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
-        auto& claim = claims_[size_t(thread)].value;
         const uint64_t this_one = uint64_t(number) << 32 | uint64_t(tile) << 1 | 1;
         claim.store(this_one, std::memory_order_release);
         compute(tile);
@@ -213,12 +214,12 @@ class Phases {
       else sched_yield();
     }
     for (int i = 1; kTakesOver && i < threads_ && !done(); ++i) {
-      auto& claim = claims_[size_t((thread + i) % threads_)].value;
-      const uint64_t theirs = claim.load(std::memory_order_acquire);
+      auto& other = claims_[size_t((thread + i) % threads_)].value;
+      const uint64_t theirs = other.load(std::memory_order_acquire);
       const int tile = int(uint32_t(theirs) >> 1);
       if (!(theirs & 1) || int(theirs >> 32) != number) continue;
       compute(tile);
-      finish(claim, theirs, tile);
+      finish(other, theirs, tile);
     }
     if (mine != 0 && done()) over_.next();
     over_.wait_until(done, 0);
