@@ -16,13 +16,16 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "rows.hpp"
 
 namespace hw {
 
-constexpr int kTile = 16, kRun = 32, kStep = 64, kSpan = 512, kMaxItemRows = 24;
+constexpr int kTile = 16, kPairs = kTile / 2;
+constexpr int kRun = 32, kStep = 64, kSpan = 512, kMaxItemRows = 24;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Heads {
@@ -126,18 +129,26 @@ inline Work plan(const Heads& h, const Sequence* sequences, int num_sequences) {
 // ---------------------------------------------------------------------------------- the kernel
 
 // Queries and probabilities as they are multiplied: in bf16 where the CPU multiplies pairs of bf16
-// and adds them up in fp32, else in fp32. `kWide` columns of 16 lanes share each of them.
+// and adds them up in fp32, else in fp32.
 #if HW_BF16
 using Factor = uint16_t;
-constexpr int kRowsTogether = 6, kWide = 4;
+constexpr int kRowsTogether = 6;
 #else
 using Factor = float;
+constexpr int kRowsTogether = 4;
+#endif
+
+// How many columns, each as wide as a register, share the factors of so many rows: as many as there
+// are registers for their sums, so that no sum waits for the one before.
+constexpr int columns_together([[maybe_unused]] int rows) {
 #if HW_AVX512
-constexpr int kRowsTogether = 4, kWide = 4;
+  return 4;
+#elif HW_AVX2
+  return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 3 : 2;
 #else
-constexpr int kRowsTogether = 4, kWide = 1;
+  return 1;
 #endif
-#endif
+}
 
 // Up to 64 keys, as tiles.
 struct KeyStep {
@@ -149,117 +160,143 @@ struct KeyStep {
 // that asks for more lines at once than it can wait for stands still.
 class Fetch {
  public:
-  Fetch(const KeyStep& step, int head_dim) : bytes_(size_t(kTile) * head_dim * 2) {
+  static constexpr int kLine = 64;
+
+  Fetch(const KeyStep& step, int head_dim) : lines_a_tile_(kTile * head_dim * 2 / kLine) {
     for (int t = 0; t < step.count; ++t) {
       tiles_[t] = reinterpret_cast<const char*>(step.keys[t]);
       tiles_[step.count + t] = reinterpret_cast<const char*>(step.values[t]);
     }
-    count_ = 2 * step.count;
-    if (count_) start();
+    left_ = 2 * step.count * lines_a_tile_;
   }
 
-  int num_lines() const { return count_ * int(bytes_ / 64); }
+  int left() const { return left_; }
+
+  // Where the next lines are, all of them in one tile; if there are none, where asking costs little.
+  const char* next(int number) {
+    if (line_ + number > lines_a_tile_) left_ -= lines_a_tile_ - line_, ++tile_, line_ = 0;
+    if (left_ < number) return tiles_[0];
+    const char* here = tiles_[tile_] + line_ * kLine;
+    left_ -= number, line_ += number;
+    return here;
+  }
 
   void lines(int number) {
-    for (; number > 0 && next_ != end_; --number) {
-      __builtin_prefetch(next_);
-      next_ += 64;
-      if (next_ == end_ && ++tile_ < count_) start();
+    for (; number > 0 && left_ > 0; number -= kPairs) {
+      const char* here = next(kPairs);
+      for (int i = 0; i < kPairs; ++i) __builtin_prefetch(here + i * kLine);
     }
   }
 
  private:
-  void start() {
-    next_ = tiles_[tile_];
-    end_ = next_ + bytes_;
-  }
-
-  const char* tiles_[2 * kStep / kTile];
-  const size_t bytes_;
-  int count_, tile_ = 0;
-  const char *next_ = nullptr, *end_ = nullptr;
+  const char* tiles_[2 * kStep / kTile] = {reinterpret_cast<const char*>(this)};
+  const int lines_a_tile_;
+  int left_, tile_ = 0, line_ = 0;
 };
 
-// sum[r][j] += rows[r] * columns[j] over `num_pairs` pairs, in order. A column has its pairs `stride`
-// elements apart.
+// f(0), f(1), ... f(N - 1), each number a constant, so that what they number may be in registers.
+#define HW_INLINE __attribute__((always_inline))
+template <class F, int... I>
+HW_INLINE inline void each_of(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+HW_INLINE inline void each(F f) {
+  each_of(f, std::make_integer_sequence<int, N>());
+}
+
+// sum[r][j] += rows[r] * columns[j], pair by pair, in order. A column has its pairs `stride` elements
+// apart. With each pair a line of what will be wanted is asked for, from `ask` on.
 template <int R, int N>
-inline void add_products(const Factor* const* rows, const uint16_t* const* columns, int num_pairs,
-                         int stride, Fetch& fetch, F16 (*sum)[N]) {
+HW_INLINE inline void add_products(const Factor* const* rows, const uint16_t* const* columns,
+                                   int num_pairs, int stride, const char* ask, Lanes (&sum)[R][N]) {
+#pragma GCC unroll 1
   for (int pair = 0; pair < num_pairs; ++pair) {
+    __builtin_prefetch(ask + pair * Fetch::kLine);
     const size_t at = size_t(pair) * stride;
-    fetch.lines(1);
 #if HW_BF16
-    __m512i column[N];
-    for (int j = 0; j < N; ++j) column[j] = _mm512_loadu_si512(columns[j] + at);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
+    __m512bh column[N];
+    each<N>([&](auto j) HW_INLINE { column[j] = (__m512bh)_mm512_loadu_si512(columns[j] + at); });
+    each<R>([&](auto r) HW_INLINE {
       int32_t two;
       std::memcpy(&two, rows[r] + 2 * pair, 4);
       const __m512bh factor = (__m512bh)_mm512_set1_epi32(two);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        sum[r][j].v = _mm512_dpbf16_ps(sum[r][j].v, factor, (__m512bh)column[j]);
-    }
+      each<N>([&](auto j) HW_INLINE {
+        sum[r][j].v = _mm512_dpbf16_ps(sum[r][j].v, factor, column[j]);
+      });
+    });
 #else
-    F16 first[N], second[N];
-    for (int j = 0; j < N; ++j) load_bf16_pairs(columns[j] + at, first[j], second[j]);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const F16 one = splat(rows[r][2 * pair]), two = splat(rows[r][2 * pair + 1]);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        sum[r][j] = fma(second[j], two, fma(first[j], one, sum[r][j]));
-    }
+    Lanes factor[R];
+    each<R>([&](auto r) HW_INLINE { factor[r] = splat_lanes(rows[r][2 * pair]); });
+    each<N>([&](auto j) HW_INLINE {
+      const Lanes column = first_of_pairs(columns[j] + at);
+      each<R>([&](auto r) HW_INLINE { sum[r][j] = fma(column, factor[r], sum[r][j]); });
+    });
+    each<R>([&](auto r) HW_INLINE { factor[r] = splat_lanes(rows[r][2 * pair + 1]); });
+    each<N>([&](auto j) HW_INLINE {
+      const Lanes column = second_of_pairs(columns[j] + at);
+      each<R>([&](auto r) HW_INLINE { sum[r][j] = fma(column, factor[r], sum[r][j]); });
+    });
 #endif
   }
 }
 
+// Scores of the columns `first` and on: kLanes keys each. A function of its own, as the next one is,
+// so that the compiler has all registers for its loop.
 template <int R, int N>
-inline void score_tiles(const KeyStep& tiles, int first, Fetch& fetch,
-                        const Factor* const* q, int head_dim, float* scores) {
-  F16 sum[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) sum[r][j] = zero();
-  add_products<R, N>(q, tiles.keys + first, head_dim / 2, 2 * kTile,
-                     fetch, sum);
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) store(scores + r * kStep + (first + j) * kTile, sum[r][j]);
+__attribute__((noinline)) void score_columns(const KeyStep& tiles, int first, Fetch& fetch,
+                                             const Factor* const* q, int head_dim, float* scores) {
+  Lanes sum[R][N] = {};
+  const uint16_t* columns[N];
+  for (int j = 0; j < N; ++j) {
+    const int key = (first + j) * kLanes;
+    columns[j] = tiles.keys[key / kTile] + key % kTile * 2;
+  }
+  const int num_pairs = head_dim / 2;
+  add_products<R, N>(q, columns, num_pairs, 2 * kTile, fetch.next(num_pairs), sum);
+  each<R>([&](auto r) HW_INLINE {
+    each<N>([&](auto j) HW_INLINE { store(scores + r * kStep + (first + j) * kLanes, sum[r][j]); });
+  });
 }
 
-// acc += p * V for N * 16 dimensions.
+// acc += p * V for the columns `first` and on: kLanes dimensions each.
 template <int R, int N>
-inline void add_values(const KeyStep& tiles, int dimension, Fetch& fetch, const Factor* p,
-                       int head_dim, float* const* acc) {
-  F16 sum[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) sum[r][j] = load(acc[r] + dimension + j * 16);
+__attribute__((noinline)) void add_value_columns(const KeyStep& tiles, int first, Fetch& fetch,
+                                                 const Factor* p, int head_dim, float* const* acc) {
+  Lanes sum[R][N];
+  each<R>([&](auto r) HW_INLINE {
+    each<N>([&](auto j) HW_INLINE { sum[r][j] = load_lanes(acc[r] + (first + j) * kLanes); });
+  });
   for (int t = 0; t < tiles.count; ++t) {
     const Factor* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = p + r * kStep + t * kTile;
     const uint16_t* columns[N];
-    for (int j = 0; j < N; ++j) columns[j] = tiles.values[t] + (dimension + j * 16) * 2;
-    add_products<R, N>(rows, columns, kTile / 2, 2 * head_dim, fetch, sum);
+    for (int j = 0; j < N; ++j) columns[j] = tiles.values[t] + (first + j) * kLanes * 2;
+    add_products<R, N>(rows, columns, kPairs, 2 * head_dim, fetch.next(kPairs), sum);
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) store(acc[r] + dimension + j * 16, sum[r][j]);
+  each<R>([&](auto r) HW_INLINE {
+    each<N>([&](auto j) HW_INLINE { store(acc[r] + (first + j) * kLanes, sum[r][j]); });
+  });
 }
 
-template <int R>
+template <int R, int N = columns_together(R)>
 inline void score(const KeyStep& tiles, Fetch& fetch, const Factor* const* q, int head_dim,
-                  float* scores) {
-  int t = 0;
-  for (; t + kWide <= tiles.count; t += kWide)
-    score_tiles<R, kWide>(tiles, t, fetch, q, head_dim, scores);
-  for (; t < tiles.count; ++t) score_tiles<R, 1>(tiles, t, fetch, q, head_dim, scores);
+                  float* scores, int first = 0) {
+  const int num_columns = tiles.count * kTile / kLanes;
+  for (; first + N <= num_columns; first += N)
+    score_columns<R, N>(tiles, first, fetch, q, head_dim, scores);
+  if constexpr (N > 1)
+    if (first < num_columns) score<R, (N + 1) / 2>(tiles, fetch, q, head_dim, scores, first);
 }
 
-template <int R>
+template <int R, int N = columns_together(R)>
 inline void add_values(const KeyStep& tiles, Fetch& fetch, const Factor* p, int head_dim,
-                       float* const* acc) {
-  int d = 0;
-  for (; d + kWide * 16 <= head_dim; d += kWide * 16)
-    add_values<R, kWide>(tiles, d, fetch, p, head_dim, acc);
-  for (; d < head_dim; d += 16) add_values<R, 1>(tiles, d, fetch, p, head_dim, acc);
+                       float* const* acc, int first = 0) {
+  const int num_columns = head_dim / kLanes;
+  for (; first + N <= num_columns; first += N)
+    add_value_columns<R, N>(tiles, first, fetch, p, head_dim, acc);
+  if constexpr (N > 1)
+    if (first < num_columns) add_values<R, (N + 1) / 2>(tiles, fetch, p, head_dim, acc, first);
 }
 
 // Rows of one item: a query's position, its vector, its running result.
@@ -395,16 +432,14 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
       tiles.values[tiles.count - 1] = own.tail;
     }
     Fetch fetch(following, dim);
-    // The products ask for a line a step; the softmax of each row for its share of what is left.
-    const int left_over = fetch.num_lines() - tiles.count * dim / kWide;
-    const int lines_a_row = (left_over + rows.count - 1) / rows.count;
     for (int r = 0; r < rows.count;) {
       const int left = rows.count - r;
       int width = std::min(left, kRowsTogether);
-      if (width == 5) width = 4;  // there is no kernel for five
+      if (left == 5 || left == 7 || left == 8) width = 4;  // there is no kernel for five
       float* scores = own.scores + r * kStep;
       Factor* p = own.p + r * kStep;
       const auto q = rows.q + r;
+      const int before = fetch.left();
       switch (width) {
 #if HW_BF16
         case 6: score<6>(tiles, fetch, q, dim, scores); break;
@@ -414,11 +449,13 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
         case 2: score<2>(tiles, fetch, q, dim, scores); break;
         default: score<1>(tiles, fetch, q, dim, scores);
       }
+      // What the products will not have asked for, the softmax asks for.
+      const int rest = fetch.left() - (before - fetch.left());
       for (int i = r; i < r + width; ++i) {
         float* row = own.scores + i * kStep;
         if (key + end - 1 > rows.position[i] || key < rows.lowest[i])
           mask_scores(row, key, end, rows.lowest[i], rows.position[i]);
-        fetch.lines(lines_a_row);
+        fetch.lines(rest / width);
         soften(row, tiles.count, dim, rows.result[i], rows.acc[i], own.p + i * kStep);
       }
       switch (width) {

@@ -79,11 +79,14 @@ inline F16 load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-// Sixteen pairs of bf16: the first and the second of each pair.
-inline void load_bf16_pairs(const uint16_t* p, F16& first, F16& second) {
-  const __m512i pairs = _mm512_loadu_si512(p);
-  first.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  second.v = _mm512_castsi512_ps(_mm512_and_epi32(pairs, _mm512_set1_epi32(int(0xffff0000))));
+// One register of pairs of bf16: the first of each pair, or the second.
+using Lanes = F16;
+inline Lanes first_of_pairs(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+inline Lanes second_of_pairs(const uint16_t* p) {
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_and_epi32(_mm512_loadu_si512(p), upper))};
 }
 inline F16 divide(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 // 2^n for n already an integer in [-126, 127]
@@ -141,14 +144,19 @@ inline __m256 widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline F16 load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
-inline void load_bf16_pairs(const uint16_t* p, F16& first, F16& second) {
-  const __m256i lo = _mm256_loadu_si256((const __m256i*)p);
-  const __m256i hi = _mm256_loadu_si256((const __m256i*)(p + 16));
-  const __m256i mask = _mm256_set1_epi32(int(0xffff0000));
-  first = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
-           _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
-  second = {_mm256_castsi256_ps(_mm256_and_si256(lo, mask)),
-            _mm256_castsi256_ps(_mm256_and_si256(hi, mask))};
+struct Lanes {
+  __m256 v;
+};
+inline Lanes splat_lanes(float x) { return {_mm256_set1_ps(x)}; }
+inline Lanes load_lanes(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, Lanes a) { _mm256_storeu_ps(p, a.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes first_of_pairs(const uint16_t* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
+}
+inline Lanes second_of_pairs(const uint16_t* p) {
+  const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), upper))};
 }
 inline F16 divide(F16 a, F16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 inline __m256 power_of_two_8(__m256 n) {
@@ -202,12 +210,9 @@ inline F16 fma(F16 a, F16 b, F16 c) { HW_LANES(a.v[i] * b.v[i] + c.v[i]); }  // 
 inline F16 abs(F16 a) { HW_LANES(__builtin_fabsf(a.v[i])); }
 inline F16 load_half(const uint16_t* p) { HW_LANES(half_to_float(p[i])); }
 inline F16 load_bf16(const uint16_t* p) { HW_LANES(bf16_to_float(p[i])); }
-inline void load_bf16_pairs(const uint16_t* p, F16& first, F16& second) {
-  for (int i = 0; i < 16; ++i) {
-    first.v[i] = bf16_to_float(p[2 * i]);
-    second.v[i] = bf16_to_float(p[2 * i + 1]);
-  }
-}
+using Lanes = F16;
+inline Lanes first_of_pairs(const uint16_t* p) { HW_LANES(bf16_to_float(p[2 * i])); }
+inline Lanes second_of_pairs(const uint16_t* p) { HW_LANES(bf16_to_float(p[2 * i + 1])); }
 inline F16 divide(F16 a, F16 b) { HW_LANES(a.v[i] / b.v[i]); }
 inline float power_of_two_1(float n) {
   const uint32_t bits = uint32_t(int(n) + 127) << 23;
@@ -232,6 +237,12 @@ inline F16 load_int8(const int8_t* p) { HW_LANES(float(p[i])); }
 #undef HW_LANES
 
 #endif
+
+#if !HW_AVX2
+inline Lanes splat_lanes(float x) { return splat(x); }
+inline Lanes load_lanes(const float* p) { return load(p); }
+#endif
+constexpr int kLanes = sizeof(Lanes) / sizeof(float);
 
 // Across the lanes, always in the same order: halves on halves.
 #if HW_AVX512 || HW_AVX2
