@@ -139,16 +139,25 @@ class Responses:
         return path[-1 - count : -1]
 
     async def cancel(self, stored: Stored) -> None:
-        """Stop it if it runs, and wait until its end is stored. It is never gone on from."""
-        if stored.generation is not None:
-            self._generations.cancel(stored.generation)
-            async for _ in read([stored.generation], 0):
+        """Stop it if it runs, and wait until its end is stored. It is never gone on from. Raises
+        Conflict for one that waits for another model."""
+        if stored.generation is None and stored.turn.status == "running":
+            raise Conflict(
+                "the response was begun with another model and goes on when that one is served "
+                "again; cancel it then, or delete it"
+            )
+        await self._stop(stored.generation)
+
+    async def _stop(self, generation: Generation | None) -> None:
+        if generation is not None:
+            self._generations.cancel(generation)
+            async for _ in read([generation], 0):
                 pass
 
     async def delete(self, owner: Owner, stored: Stored) -> None:
         """Its id, its log, and its text as far as no other response builds on it; what is in a
         conversation stays there."""
-        await self.cancel(stored)
+        await self._stop(stored.generation)
         if self._journal.owes(stored.turn.session):
             raise Conflict("the response could not be stored yet; try again in a moment")
         assert stored.turn.generation is not None

@@ -51,6 +51,7 @@ def test_what_ran_waits_for_the_model_that_it_was_begun_with(
             client, ok(client.post("/v1/responses", json=RESPONSE))["id"]
         )
         background = ok(client.post("/v1/responses", json=RESPONSE))["id"]
+        unwanted = ok(client.post("/v1/responses", json=RESPONSE))["id"]
         session = Session(client)
         turn, chat = session.begin("Rivers?", **TURN), begin_chat(client)
         assert not chat.read(3) and not turn.read(3)
@@ -62,7 +63,7 @@ def test_what_ran_waits_for_the_model_that_it_was_begun_with(
 
     quantized = ["--quantize", "q8"]
     with serving(str(tiny_model), *quantized, env=env) as server, connected(server) as client:
-        assert server.log.count("generation_of_another_model") == 3
+        assert server.log.count("generation_of_another_model") == 4
         waiting = Session(client, session.id)
         before = waiting.get()
         assert (before["generating"], before["turns"][-1]["status"]) == (None, "running")
@@ -84,9 +85,13 @@ def test_what_ran_waits_for_the_model_that_it_was_begun_with(
                 assert "another model" in message["message"]
         found = response(client, background)
         assert (found["status"], found["output"], found["usage"]) == ("queued", [], None)
+        refused = error(client.post(f"/v1/responses/{background}/cancel"), 409, "invalid_value")
+        assert "another model" in refused["message"]
         stream = client.get(f"/v1/responses/{background}?stream=true")
         assert "another model" in error(stream, 404, "stream_expired")["message"]
         ok(client.get(f"/v1/responses/{background}/input_items"))
+        assert ok(client.delete(f"/v1/responses/{unwanted}"))["deleted"]
+        error(client.get(f"/v1/responses/{unwanted}"), 404, "not_found")
         next_one = {"input": "And?", "previous_response_id": background}
         error(client.post("/v1/responses", json=next_one), 400, "invalid_value")
         for path in ("/tree", "/export", "/export?format=markdown", "/cache"):
