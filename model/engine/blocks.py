@@ -11,12 +11,65 @@ and at all times free + referenced + cached == total.
 Cached blocks are evicted least recently used first. A request references every block from the root
 to its tail and releases them tail first, so a child is always older in that order than its parent:
 leaves go first without a tree to look at.
+
+Memory is read fastest forwards and in long pieces, so what follows in a sequence should follow in
+the cache: a block is taken right behind the one before it, or else from sixteen that are all free.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+EXTENT = 16  # blocks that lie beside each other, from a multiple of 16 on
+
+
+class FreeBlocks:
+    """The free blocks of 0 .. num_blocks - 1: all of them, at first."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._blocks = dict.fromkeys(range(num_blocks))  # in the order in which they became free
+        self._in_extent = [self._size(e) for e in range(-(-num_blocks // EXTENT))]
+        # Extents that are free as a whole, lowest first; also some that no longer are.
+        self._whole = list(range(len(self._in_extent)))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def give(self, block: int) -> None:
+        extent = block // EXTENT
+        self._blocks[block] = None
+        self._in_extent[extent] += 1
+        if self._in_extent[extent] == self._size(extent):
+            heapq.heappush(self._whole, extent)
+
+    def take(self, after: int | None = None) -> int:
+        """The one behind `after` if that is free, and is not where somebody else goes on; else the
+        first of an extent that is free as a whole, or any. There must be one."""
+        block = self._behind(after)
+        if block is None:
+            while self._whole and not self._is_whole(self._whole[0]):
+                heapq.heappop(self._whole)
+            block = self._whole[0] * EXTENT if self._whole else next(reversed(self._blocks))
+        del self._blocks[block]
+        self._in_extent[block // EXTENT] -= 1
+        return block
+
+    def _behind(self, after: int | None) -> int | None:
+        if after is None or (block := after + 1) not in self._blocks:
+            return None
+        return block if block % EXTENT or self._is_whole(block // EXTENT) else None
+
+    def _is_whole(self, extent: int) -> bool:
+        return self._in_extent[extent] == self._size(extent)
+
+    def _size(self, extent: int) -> int:
+        return min(EXTENT, self._num_blocks - extent * EXTENT)
 
 
 class BlockPool:
@@ -32,7 +85,7 @@ class BlockPool:
         self.num_evictions = 0
         self._on_evict = on_evict
         self._references = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free = FreeBlocks(num_blocks)
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -52,19 +105,23 @@ class BlockPool:
     def num_referenced(self) -> int:
         return self.num_blocks - self.num_available
 
-    def allocate(self) -> int | None:
-        """A block with one reference, evicting the oldest cached one if none is free; None when
-        every block is referenced."""
-        if self._free:
-            block = self._free.pop()
-        elif self._cached:
+    def allocate(self, after: int | None = None) -> int | None:
+        """A block with one reference, if it can be the one behind `after`, evicting the oldest
+        cached one if none is free; None when every block is referenced."""
+        self.make_free(1)
+        if not self._free:
+            return None
+        block = self._free.take(after)
+        self._references[block] = 1
+        return block
+
+    def make_free(self, count: int) -> None:
+        """Evict the oldest cached blocks until `count` are free, or none is cached."""
+        while len(self._free) < count and self._cached:
             block, _ = self._cached.popitem(last=False)
             self._on_evict(block)
             self.num_evictions += 1
-        else:
-            return None
-        self._references[block] = 1
-        return block
+            self._free.give(block)
 
     def acquire(self, block: int) -> None:
         """One more reference to a block that is referenced or cached."""
@@ -81,14 +138,14 @@ class BlockPool:
             if keep:
                 self._cached[block] = None
             else:
-                self._free.append(block)
+                self._free.give(block)
 
     def discard(self, block: int) -> None:
         """A cached block holds nothing of worth any more: it is free. A referenced one is let be,
         and must be released with `keep` false."""
         if block in self._cached:
             del self._cached[block]
-            self._free.append(block)
+            self._free.give(block)
 
     def references(self, block: int) -> int:
         return self._references[block]

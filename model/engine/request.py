@@ -131,5 +131,9 @@ class Request:
         return self.block_keys[: max(self.num_indexed_blocks, self.num_preempted_blocks)]
 
     @property
+    def last_block(self) -> int | None:
+        return self.block_table[-1] if self.block_table else None
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens

@@ -330,6 +330,7 @@ class Scheduler:
             return False
         for block in blocks:
             self.pool.acquire(block)
+        self.pool.make_free(needed)  # at once: of many, more lie beside each other
         request.block_table = blocks
         request.num_indexed_blocks = len(blocks)
         request.num_computed_tokens = len(blocks) * self.block_size
@@ -362,7 +363,7 @@ class Scheduler:
                     self._restore_until = now + self._restore_seconds
                 elif now > self._restore_until:
                     return False
-                block = self.pool.allocate()
+                block = self.pool.allocate(request.last_block)
                 if block is None:
                     return True  # `_grow` says who has to go
                 parent = request.block_keys[i - 1] if i else request.root
@@ -396,7 +397,7 @@ class Scheduler:
         needed = -(-(request.num_computed_tokens + num_tokens) // self.block_size)
         num_kept = len(request.block_table)
         while len(request.block_table) < needed:
-            block = self.pool.allocate()
+            block = self.pool.allocate(request.last_block)
             if block is not None:
                 request.block_table.append(block)
                 continue
@@ -408,7 +409,7 @@ class Scheduler:
             plan.pop(youngest.id, None)
             if youngest is request:
                 return False
-        if needed > num_kept + 1:  # evicted ones come last one first; memory is best read forwards
+        if needed > num_kept + 1:  # memory is best read forwards
             request.block_table[num_kept:] = sorted(request.block_table[num_kept:])
         return True
 

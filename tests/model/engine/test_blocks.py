@@ -67,6 +67,59 @@ def test_misuse_is_refused() -> None:
 
 def test_the_check_sees_a_lost_block() -> None:
     pool, _ = make()
-    pool._free.pop()
+    pool._free.take()
     with pytest.raises(AssertionError, match="!= total 3"):
         pool.check()
+
+
+def table(pool: BlockPool, count: int) -> list[int]:
+    """The blocks of a sequence that grows by one at a time."""
+    blocks: list[int] = []
+    while len(blocks) < count:
+        block = pool.allocate(after=blocks[-1] if blocks else None)
+        assert block is not None
+        blocks.append(block)
+    return blocks
+
+
+def test_sequences_that_grow_in_turn_have_sixteen_blocks_beside_each_other() -> None:
+    pool, _ = make(200)
+    tables: list[list[int]] = [[], [], []]
+    for _ in range(40):
+        for blocks in tables:
+            block = pool.allocate(after=blocks[-1] if blocks else None)
+            assert block is not None
+            blocks.append(block)
+    for blocks in tables:
+        for i in range(0, 40, 16):
+            assert blocks[i] % 16 == 0
+            assert blocks[i : i + 16] == list(range(blocks[i], blocks[i] + 16))[: 40 - i]
+    pool.check()
+
+
+def test_alone_all_blocks_lie_beside_each_other() -> None:
+    pool, _ = make(100)
+    assert table(pool, 100) == list(range(100))
+    assert pool.allocate(after=99) is None
+
+
+def test_nothing_is_left_when_no_sixteen_are_free() -> None:
+    pool, _ = make(20)
+    for block in (taken := table(pool, 20))[::2]:
+        pool.release(block, keep=False)
+    assert sorted(table(pool, 10)) == taken[::2]
+    pool.check()
+
+
+def test_room_for_many_is_made_at_once_and_used_in_order() -> None:
+    pool, evicted = make(64)
+    blocks = table(pool, 64)
+    for block in reversed(blocks):
+        pool.release(block, keep=True)
+    pool.make_free(16)
+    assert evicted == blocks[:47:-1]
+    assert table(pool, 16) == blocks[48:]
+    assert len(evicted) == pool.num_evictions == 16
+    pool.make_free(100)
+    assert (pool.num_free, pool.num_cached) == (48, 0)
+    pool.check()
