@@ -46,6 +46,11 @@ class Backing:
         """How many blocks `restore` found spoilt so far."""
         return self._tier.num_corrupt
 
+    @property
+    def room(self) -> int:
+        """How many blocks could be taken now that are not there yet."""
+        return max(self._tier.room, 0)
+
     def missed(self) -> None:
         """Count a block that was looked for and is not there."""
         self._tier.missed()

@@ -33,6 +33,9 @@ class SlowerTier(Protocol):
     @property
     def num_corrupt(self) -> int: ...
 
+    @property
+    def room(self) -> int: ...
+
     def has(self, key: Key) -> bool: ...
 
     def missed(self) -> None: ...
@@ -330,7 +333,7 @@ class Scheduler:
             return False
         for block in blocks:
             self.pool.acquire(block)
-        self.pool.make_free(needed)  # at once: of many, more lie beside each other
+        self._make_room(needed)
         request.block_table = blocks
         request.num_indexed_blocks = len(blocks)
         request.num_computed_tokens = len(blocks) * self.block_size
@@ -380,6 +383,13 @@ class Scheduler:
             request.num_computed_tokens = request.num_found_tokens = (i + 1) * size
         return True
 
+    def _make_room(self, num_blocks: int) -> None:
+        """Evict for all of a prompt at once, or as many as the slower tier can take now: of many,
+        more lie beside each other."""
+        if self._backing is not None:
+            num_blocks = min(num_blocks, self.pool.num_free + self._backing.room)
+        self.pool.make_free(num_blocks)
+
     def _evicted(self, block: int) -> None:
         entry = self.index.remove(block)
         if self._backing is not None:
@@ -396,6 +406,8 @@ class Scheduler:
         when the request itself had to go."""
         needed = -(-(request.num_computed_tokens + num_tokens) // self.block_size)
         num_kept = len(request.block_table)
+        if needed > num_kept + 1:
+            self._make_room(-(-len(request.token_ids) // self.block_size) - num_kept)
         while len(request.block_table) < needed:
             block = self.pool.allocate(request.last_block)
             if block is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,15 @@ from model.engine.messages import RequestError, Submit
 from model.engine.prefill_clock import PrefillClock
 from model.engine.request import SamplingParams
 from model.engine.scheduler import Scheduler
-from tests.model.engine.simulation import END, VOCAB, make_engine, oracle, run_to_end, submit
+from tests.model.engine.simulation import (
+    END,
+    VOCAB,
+    disk_tier,
+    make_engine,
+    oracle,
+    run_to_end,
+    submit,
+)
 
 
 def prompt_without_end(length: int, tokens_wanted: int, seed: int = 0) -> list[int]:
@@ -54,6 +63,23 @@ def test_a_prompt_lies_in_long_pieces_where_evicted_ones_take_it() -> None:
         engine.step()
     table = request.block_table
     assert sum(b != a + 1 for a, b in itertools.pairwise(table)) <= 3, table
+
+
+def test_no_more_is_evicted_at_once_than_the_disk_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = disk_tier(tmp_path)
+    engine, _ = make_engine(num_blocks=16, block_size=4, max_num_batched_tokens=16, disk=disk)
+    submit(engine, "old", prompt_without_end(60, 1), max_tokens=1)
+    run_to_end(engine)
+    free = engine.stats().blocks_free
+    monkeypatch.setattr(type(disk), "room", 0)
+    submit(engine, "new", prompt_without_end(60, 1, seed=1), max_tokens=1)
+    engine.step()  # four blocks
+    assert engine.stats().evicted_blocks == 4 - free
+    run_to_end(engine)
+    assert engine.stats().evicted_blocks == 15 - free
+    disk.close()
 
 
 def test_preempted_requests_give_the_same_answers() -> None:
