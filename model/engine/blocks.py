@@ -18,7 +18,6 @@ the cache: a block is taken right behind the one before it, or else from sixteen
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -32,8 +31,7 @@ class FreeBlocks:
         self._num_blocks = num_blocks
         self._blocks = dict.fromkeys(range(num_blocks))  # in the order in which they became free
         self._in_extent = [self._size(e) for e in range(-(-num_blocks // EXTENT))]
-        # Extents that are free as a whole, lowest first; also some that no longer are.
-        self._whole = list(range(len(self._in_extent)))
+        self._whole = dict.fromkeys(reversed(range(len(self._in_extent))))  # extents, lowest last
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -46,27 +44,24 @@ class FreeBlocks:
         self._blocks[block] = None
         self._in_extent[extent] += 1
         if self._in_extent[extent] == self._size(extent):
-            heapq.heappush(self._whole, extent)
+            self._whole[extent] = None
 
     def take(self, after: int | None = None) -> int:
         """The one behind `after` if that is free, and is not where somebody else goes on; else the
-        first of an extent that is free as a whole, or any. There must be one."""
+        first of the extent that became free as a whole last, or any. There must be one."""
         block = self._behind(after)
         if block is None:
-            while self._whole and not self._is_whole(self._whole[0]):
-                heapq.heappop(self._whole)
-            block = self._whole[0] * EXTENT if self._whole else next(reversed(self._blocks))
+            extent = next(reversed(self._whole), None)
+            block = next(reversed(self._blocks)) if extent is None else extent * EXTENT
         del self._blocks[block]
+        self._whole.pop(block // EXTENT, None)
         self._in_extent[block // EXTENT] -= 1
         return block
 
     def _behind(self, after: int | None) -> int | None:
         if after is None or (block := after + 1) not in self._blocks:
             return None
-        return block if block % EXTENT or self._is_whole(block // EXTENT) else None
-
-    def _is_whole(self, extent: int) -> bool:
-        return self._in_extent[extent] == self._size(extent)
+        return block if block % EXTENT or block // EXTENT in self._whole else None
 
     def _size(self, extent: int) -> int:
         return min(EXTENT, self._num_blocks - extent * EXTENT)
