@@ -123,6 +123,7 @@ class Supervisor:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if not exited.done() and self._hangs():
+                    self._client.state = "restarting"  # it may stir while it tells its stacks
                     await self._dump_stacks(engine)
                     engine.signal(signal.SIGKILL)
             if not exited.done():
