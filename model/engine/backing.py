@@ -49,7 +49,7 @@ class Backing:
     @property
     def room(self) -> int:
         """How many blocks could be taken now that are not there yet."""
-        return max(self._tier.room, 0)
+        return self._tier.room
 
     def missed(self) -> None:
         """Count a block that was looked for and is not there."""

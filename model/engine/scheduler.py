@@ -289,6 +289,7 @@ class Scheduler:
         plan: dict[str, ScheduledSequence],
         batch: ScheduledBatch,
     ) -> int:
+        self._make_room(request)
         if not self._restore(request):
             return 0
         if request.num_reused_tokens < 0:
@@ -333,7 +334,6 @@ class Scheduler:
             return False
         for block in blocks:
             self.pool.acquire(block)
-        self._make_room(needed)
         request.block_table = blocks
         request.num_indexed_blocks = len(blocks)
         request.num_computed_tokens = len(blocks) * self.block_size
@@ -345,6 +345,14 @@ class Scheduler:
         self._running.append(request)
         self._running.sort(key=lambda r: r.arrival)
         return True
+
+    def _make_room(self, request: Request) -> None:
+        """Evict at once for a sequence as it is and one token more, or what the slower tier can
+        take now: of many blocks, more lie beside each other."""
+        num_blocks = -(-(len(request.token_ids) + 1) // self.block_size) - len(request.block_table)
+        if self._backing is not None:
+            num_blocks = min(num_blocks, self.pool.num_free + self._backing.room)
+        self.pool.make_free(num_blocks)
 
     def _restore(self, request: Request) -> bool:
         """Go on to what the slower tier has, as long as nothing was computed since the request was
@@ -383,13 +391,6 @@ class Scheduler:
             request.num_computed_tokens = request.num_found_tokens = (i + 1) * size
         return True
 
-    def _make_room(self, num_blocks: int) -> None:
-        """Evict for all of a prompt at once, or as many as the slower tier can take now: of many,
-        more lie beside each other."""
-        if self._backing is not None:
-            num_blocks = min(num_blocks, self.pool.num_free + self._backing.room)
-        self.pool.make_free(num_blocks)
-
     def _evicted(self, block: int) -> None:
         entry = self.index.remove(block)
         if self._backing is not None:
@@ -406,8 +407,6 @@ class Scheduler:
         when the request itself had to go."""
         needed = -(-(request.num_computed_tokens + num_tokens) // self.block_size)
         num_kept = len(request.block_table)
-        if needed > num_kept + 1:
-            self._make_room(-(-len(request.token_ids) // self.block_size) - num_kept)
         while len(request.block_table) < needed:
             block = self.pool.allocate(request.last_block)
             if block is not None:

@@ -435,7 +435,8 @@ inline void attend_span(const Heads& h, const Cache& cache, const Sequence& seq,
     for (int r = 0; r < rows.count;) {
       const int left = rows.count - r;
       int width = std::min(left, kRowsTogether);
-      if (left == 5 || left == 7 || left == 8) width = 4;  // there is no kernel for five
+      // There is no kernel for five, and the rest of seven or eight would be too narrow.
+      if (left == 5 || left == 7 || left == 8) width = 4;
       float* scores = own.scores + r * kStep;
       Factor* p = own.p + r * kStep;
       const auto q = rows.q + r;

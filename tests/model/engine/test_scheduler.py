@@ -48,8 +48,18 @@ def test_answers_do_not_depend_on_blocks_or_chunks(block_size: int, budget: int)
     assert tokens == {i: oracle(p, 9, 96 // block_size * block_size) for i, p in prompts.items()}
 
 
-def test_a_prompt_lies_in_long_pieces_where_evicted_ones_take_it() -> None:
+def test_a_prompt_lies_in_ascending_blocks_where_evicted_ones_take_it() -> None:
     """A sequence is evicted last block first; attention reads the next one's from the first on."""
+    engine, _ = make_engine(num_blocks=8, block_size=4, max_num_batched_tokens=32)
+    submit(engine, "old", prompt_without_end(28, 1), max_tokens=1)
+    run_to_end(engine)
+    submit(engine, "new", prompt_without_end(28, 4, seed=1), max_tokens=4)
+    (sequence,) = engine.scheduler.schedule().sequences
+    assert engine.stats().evicted_blocks == 7  # for its next token too
+    assert sequence.request.block_table == sorted(sequence.request.block_table)
+
+
+def test_a_prompt_lies_in_long_pieces_where_evicted_ones_take_it() -> None:
     engine, _ = make_engine(num_blocks=64, block_size=4, max_num_batched_tokens=16)
     for i in range(4):  # side by side, in chunks of four blocks
         submit(engine, f"old {i}", prompt_without_end(57, 2, seed=i), max_tokens=2)
