@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.hub.cache import cache_folder
 from tests.fixtures.server import Server, headwater, wait_until
 from tests.model.hub.hub_files import write_gguf
 
@@ -29,7 +30,12 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty model cache, and no settings but a test's own."""
+    """An empty model cache, with the kernels of this machine in it, which would take seconds to
+    compile in each test, and no settings but a test's own."""
+    kernels = cache_folder() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(kernels)
     for name in [name for name in os.environ if name.startswith("HEADWATER_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path / "cache"))
