@@ -100,10 +100,11 @@ async def _announce(services: Any, sock: socket.socket) -> None:
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     model = services.client.model
     opened = "Open it in a browser, or ask from here:\n\n" if the_page().find("/") else ""
+    key = ' -H "Authorization: Bearer $HEADWATER_API_KEY"' if services.owners.guarded else ""
     sys.stdout.write(
         f"Headwater serves {services.files.name} ({model.quantization}, {model.device}, context "
         f"{model.max_model_len} tokens) at {url}\n\n{opened}"
-        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         '    -d \'{"stream": true, "messages": [{"role": "user", "content": "Why do rivers '
         "bend?\"}]}'\n\n"
         "Ctrl+C stops it.\n"
