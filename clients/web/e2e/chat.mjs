@@ -137,6 +137,18 @@ await visit(
     await audit(page, "the request as code");
     await page.keyboard.press("Escape");
 
+    // What the next session begins with is no part of one that began without it.
+    await open(page, id);
+    await page.getByRole("button", { name: "System prompt and parameters" }).click();
+    assert.equal(await page.getByRole("textbox", { name: /^System prompt/ }).inputValue(), "");
+    await page.keyboard.press("Escape");
+    await page.getByRole("button", { name: "What to do with this session" }).click();
+    await page.getByRole("menuitem", { name: "As curl or Python" }).click();
+    const code = await page.locator("dialog pre").innerText();
+    assert(code.includes("Name a river.") && !code.includes("one word"), code);
+    await page.keyboard.press("Escape");
+    await open(page, mine.id);
+
     // Export, and back in.
     await page.getByRole("button", { name: "What to do with this session" }).click();
     const [saved] = await Promise.all([
@@ -169,6 +181,7 @@ await visit(
     await page.getByLabel("Title of the session").fill("Rivers");
     await page.keyboard.press("Enter");
     await list.getByText("Rivers").waitFor();
+    await page.waitForFunction(() => document.activeElement?.textContent === "Rivers");
     assert.equal((await api("GET", `/v1/sessions/${id}`)).title, "Rivers");
     await list.getByRole("button", { name: "What to do with “Rivers”" }).click();
     await page.getByRole("menuitem", { name: "Delete" }).click();

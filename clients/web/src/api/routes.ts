@@ -14,7 +14,7 @@ export interface NewSession {
 export type AnswerRequest =
   | { kind: "turns"; input: string; parent?: string | null }
   | { kind: "regenerate"; turn: string }
-  | { kind: "continue" };
+  | { kind: "continue"; max_tokens?: number };
 
 const session = (id: string) => `/v1/sessions/${encodeURIComponent(id)}`;
 const stream = (id: string) => `/v1/streams/${encodeURIComponent(id)}`;

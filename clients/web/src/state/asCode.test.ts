@@ -33,7 +33,9 @@ test("without keys no header asks for one", () => {
 });
 
 test("Python reads the call as the request that it is", () => {
-  const code = asPython("http://h:1", "m", MESSAGES, SAMPLING, false);
+  const format = { type: "json_schema", json_schema: { strict: true, schema: { a: null } } };
+  const sampling = { ...SAMPLING, response_format: format, ignore_eos: false };
+  const code = asPython("http://h:1", "m", MESSAGES, sampling, false);
   const program = [
     "import json, sys, types",
     "class OpenAI:",
@@ -51,7 +53,8 @@ test("Python reads the call as the request that it is", () => {
     messages: MESSAGES,
     temperature: 0.5,
     stop: ["'"],
-    extra_body: { top_k: 40 },
+    response_format: format,
+    extra_body: { top_k: 40, ignore_eos: false },
     stream: true,
   });
 });

@@ -7,8 +7,32 @@ export interface Message {
   content: string;
 }
 
-/** Not of the OpenAI wire; its client takes them in `extra_body`. */
-const EXTRA = new Set(["top_k", "min_p", "repetition_penalty"]);
+/** What OpenAI's client has an argument for; the rest it takes in `extra_body`. */
+const ARGUMENTS = new Set([
+  "frequency_penalty",
+  "logit_bias",
+  "logprobs",
+  "max_completion_tokens",
+  "max_tokens",
+  "n",
+  "presence_penalty",
+  "response_format",
+  "seed",
+  "stop",
+  "temperature",
+  "top_logprobs",
+  "top_p",
+]);
+
+/** A JSON value as Python writes it. */
+function python(value: unknown): string {
+  if (value === null) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
+  if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
+  if (typeof value !== "object") return JSON.stringify(value);
+  const entries = Object.entries(value).map(([name, of]) => `${python(name)}: ${python(of)}`);
+  return `{${entries.join(", ")}}`;
+}
 
 export function asCurl(
   origin: string,
@@ -34,18 +58,18 @@ export function asPython(
   keyed: boolean,
 ): string {
   const entries = Object.entries(sampling);
-  const plain = entries.filter(([name]) => !EXTRA.has(name));
-  const extra = Object.fromEntries(entries.filter(([name]) => EXTRA.has(name)));
+  const plain = entries.filter(([name]) => ARGUMENTS.has(name));
+  const extra = Object.fromEntries(entries.filter(([name]) => !ARGUMENTS.has(name)));
   const fields = [
-    `    model=${JSON.stringify(model)},`,
+    `    model=${python(model)},`,
     "    messages=[",
     ...messages.map(
       ({ role, content }) =>
-        `        {"role": ${JSON.stringify(role)}, "content": ${JSON.stringify(content)}},`,
+        `        {"role": ${python(role)}, "content": ${python(content)}},`,
     ),
     "    ],",
-    ...plain.map(([name, value]) => `    ${name}=${JSON.stringify(value)},`),
-    ...(Object.keys(extra).length > 0 ? [`    extra_body=${JSON.stringify(extra)},`] : []),
+    ...plain.map(([name, value]) => `    ${name}=${python(value)},`),
+    ...(Object.keys(extra).length > 0 ? [`    extra_body=${python(extra)},`] : []),
     "    stream=True,",
   ];
   return [

@@ -139,8 +139,13 @@ export class Chat {
 
   /** Go on with the answer at the head. */
   async goOn(): Promise<void> {
-    const head = this.store.get().open?.session.head ?? null;
-    const request = { kind: "continue" } as const;
+    const session = this.store.get().open?.session;
+    const head = session?.head ?? null;
+    const limit = session?.defaults.max_tokens;
+    const request = {
+      kind: "continue",
+      ...(limit === undefined ? {} : { max_tokens: limit }),
+    } as const;
     await this.#ask({ key: newKey(), request, parent: head, text: null, error: null });
   }
 

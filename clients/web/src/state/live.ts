@@ -136,6 +136,7 @@ function toldOne(live: Live, { id, event }: Told, now: number): Live {
         ...live,
         phase: "done",
         place,
+        tokens: live.tokens + Math.max(place - live.place - 1, 0), // one that is not shown, the end
         turn: turn ?? live.turn,
         facts: { finishReason, usage, timings },
       };

@@ -84,7 +84,7 @@ describe("an answer's stream", () => {
     const atOnce = toldLive(fresh, told, 2000);
     const slowly = told.reduce<Live>((state, one) => toldLive(state, [one], 2000), fresh);
     expect(atOnce).toEqual(slowly);
-    expect(atOnce).toMatchObject({ phase: "done", text: whole, tokens: 42, turn: TURN });
+    expect(atOnce).toMatchObject({ phase: "done", text: whole, tokens: 43, turn: TURN });
     expect(atOnce.facts?.usage.completion_tokens).toBe(43);
   });
 
@@ -104,7 +104,7 @@ describe("an answer's stream", () => {
     const found = newLive("sess_a", GEN, 0, { turn: TURN, base, tokens: 8, place: 9 });
     const end = toldLive(found, told, 2000);
     expect(end.base + end.text).toBe(whole);
-    expect(end.tokens).toBe(42);
+    expect(end.tokens).toBe(43);
   });
 
   test("tells its place in the queue, then how much of the prompt is read, then writes", () => {

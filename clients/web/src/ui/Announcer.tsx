@@ -1,4 +1,5 @@
-import { useEffect, useRef, useState } from "react";
+import { useEffect, useState } from "react";
+import { textOf } from "../state/tree";
 import { useChat, useChatState } from "./context";
 
 /** A screen reader is told whole sentences now and then, not every token. */
@@ -8,15 +9,10 @@ export function Announcer() {
   const { store } = useChat();
   const generation = useChatState((state) => state.live?.generation ?? null);
   const [said, setSaid] = useState("");
-  const answering = useRef(false);
   useEffect(() => {
-    if (generation === null) {
-      if (answering.current) setSaid("The answer has ended.");
-      answering.current = false;
-      return undefined;
-    }
-    answering.current = true;
+    if (generation === null) return undefined;
     setSaid("Answering.");
+    const base = store.get().live?.base.length ?? 0;
     let told = 0;
     const timer = setInterval(() => {
       const text = store.get().live?.text ?? "";
@@ -24,7 +20,13 @@ export function Announcer() {
       if (end > told) setSaid(text.slice(told, end));
       told = Math.max(told, end);
     }, EVERY_MS);
-    return () => clearInterval(timer);
+    return () => {
+      clearInterval(timer);
+      const turns = Object.values(store.get().open?.turns ?? {});
+      const turn = turns.find((one) => one.generation === generation);
+      const rest = turn === undefined ? "" : textOf(turn).slice(base + told);
+      setSaid(`${rest} The answer has ended.`.trim());
+    };
   }, [generation, store]);
   return (
     <div className="hidden" role="status" aria-live="polite">

@@ -108,6 +108,7 @@ function Page({ keyed }: { keyed: boolean }) {
   useEffect(() => {
     // Focus moves before the handler returns: the next key may be struck already.
     const onKey = (event: KeyboardEvent) => {
+      if (document.querySelector("dialog[open]") !== null) return;
       const control = event.ctrlKey || event.metaKey;
       const key = event.key.toLowerCase();
       if (control && key === "k") {
@@ -123,7 +124,6 @@ function Page({ keyed }: { keyed: boolean }) {
         setSidebar((shown) => !shown);
       } else if (event.key === "Escape" && !event.defaultPrevented) {
         const { live, pending } = chat.store.get();
-        if (document.querySelector("dialog[open]") !== null) return;
         if (overlaid) setSidebar(false);
         else if (live !== null || pending !== null) void chat.stop();
         else if (document.activeElement?.id === "search") {
@@ -135,17 +135,18 @@ function Page({ keyed }: { keyed: boolean }) {
     return () => removeEventListener("keydown", onKey);
   }, [chat, overlaid]);
 
+  const target = place.view === "text" ? "composer" : "main";
   return (
     <div className="page" data-sidebar={sidebar}>
       <a
         className="skip"
-        href="#composer"
+        href={`#${target}`}
         onClick={(event) => {
           event.preventDefault();
-          document.getElementById("composer")?.focus();
+          document.getElementById(target)?.focus();
         }}
       >
-        To the field
+        {target === "composer" ? "To the field" : "To the content"}
       </a>
       {sidebar && (
         <Sidebar
@@ -158,7 +159,7 @@ function Page({ keyed }: { keyed: boolean }) {
       {sidebar && (
         <div className="sidebar-veil" aria-hidden="true" onClick={() => setSidebar(false)} />
       )}
-      <main className="main" inert={overlaid}>
+      <main id="main" className="main" tabIndex={-1} inert={overlaid}>
         <header className="main-head">
           {!sidebar && (
             <IconButton

@@ -13,7 +13,7 @@ export function AsCode({ keyed, onClose }: { keyed: boolean; onClose: () => void
   const model = useChatState((state) => state.model);
   const [language, setLanguage] = useState<"bash" | "python">("bash");
   const path = open === null ? [] : pathTo(open.turns, open.session.head);
-  const instructions = open?.session.instructions ?? draft.instructions;
+  const instructions = open === null ? draft.instructions : open.session.instructions;
   const messages: Message[] = path.map((turn) => ({ role: turn.role, content: textOf(turn) }));
   if (instructions) messages.unshift({ role: "system", content: instructions });
   const words = keptWords(open?.session.id ?? null).trim();

@@ -13,7 +13,9 @@ export function Parameters({ onClose }: { onClose: () => void }) {
   const draft = useChatState((state) => state.draft);
   const defaults = useChatState((state) => state.model?.sampling_defaults);
   const [fields, setFields] = useState(() => fieldsOf(session?.defaults ?? draft.defaults));
-  const [instructions, setInstructions] = useState(session?.instructions ?? draft.instructions);
+  const [instructions, setInstructions] = useState(
+    session === null ? draft.instructions : (session.instructions ?? ""),
+  );
   const [overflow, setOverflow] = useState<Session["overflow"]>(
     session?.overflow ?? draft.overflow,
   );

@@ -1,4 +1,5 @@
 import { useEffect, useRef, useState } from "react";
+import { flushSync } from "react-dom";
 import type { Session } from "../api/types";
 import { useChat, useChatState } from "./context";
 import { Icon, IconButton } from "./Icon";
@@ -104,6 +105,7 @@ export function Sidebar(props: {
 function SessionRow({ session, current }: { session: Session; current: boolean }) {
   const chat = useChat();
   const [renaming, setRenaming] = useState(false);
+  const link = useRef<HTMLAnchorElement>(null);
   const title = session.title ?? "Untitled";
   const remove = () => {
     chat.sessions.remove(session.id);
@@ -114,8 +116,9 @@ function SessionRow({ session, current }: { session: Session; current: boolean }
       <li>
         <Rename
           title={title}
-          onDone={(name) => {
-            setRenaming(false);
+          onDone={(name, byKey) => {
+            flushSync(() => setRenaming(false));
+            if (byKey) link.current?.focus();
             if (name !== null) void chat.sessions.rename(session.id, name);
           }}
         />
@@ -125,6 +128,7 @@ function SessionRow({ session, current }: { session: Session; current: boolean }
   return (
     <li className="session" data-current={current}>
       <a
+        ref={link}
         href={`/s/${session.id}`}
         aria-current={current ? "page" : undefined}
         onClick={(event) => {
@@ -150,7 +154,8 @@ function SessionRow({ session, current }: { session: Session; current: boolean }
   );
 }
 
-function Rename({ title, onDone }: { title: string; onDone: (name: string | null) => void }) {
+function Rename(props: { title: string; onDone: (name: string | null, byKey: boolean) => void }) {
+  const { title, onDone } = props;
   const input = useRef<HTMLInputElement>(null);
   useEffect(() => input.current?.select(), []);
   return (
@@ -160,12 +165,12 @@ function Rename({ title, onDone }: { title: string; onDone: (name: string | null
       aria-label="Title of the session"
       defaultValue={title}
       maxLength={200}
-      onBlur={(event) => onDone(event.target.value)}
+      onBlur={(event) => onDone(event.target.value, false)}
       onKeyDown={(event) => {
-        if (event.key === "Enter") onDone(event.currentTarget.value);
+        if (event.key === "Enter") onDone(event.currentTarget.value, true);
         if (event.key === "Escape") {
           event.stopPropagation();
-          onDone(null);
+          onDone(null, true);
         }
       }}
     />

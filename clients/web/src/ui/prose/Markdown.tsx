@@ -1,7 +1,7 @@
 import { memo, useMemo, type ReactNode } from "react";
 import ReactMarkdown, { type Components } from "react-markdown";
 import remarkGfm from "remark-gfm";
-import { blocksOf } from "./blocks";
+import { blocksOf, definitionsShown } from "./blocks";
 import { Code } from "./Code";
 import { hostOf, safeUrl } from "./urls";
 
@@ -23,7 +23,7 @@ const PLUGINS = [remarkGfm];
 const Block = memo(function Block({ text }: { text: string }) {
   return (
     <ReactMarkdown remarkPlugins={PLUGINS} urlTransform={safeUrl} components={COMPONENTS}>
-      {text}
+      {definitionsShown(text)}
     </ReactMarkdown>
   );
 });

@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { blocksOf } from "./blocks";
+import { blocksOf, definitionsShown } from "./blocks";
 
 test.each([
   ["paragraphs", "one\ntwo\n\nthree\n", ["one\ntwo\n\n", "three\n"]],
@@ -27,5 +27,14 @@ test("as a text grows, pieces but the last one stay what they are", () => {
     expect(grown.join("")).toBe(text.slice(0, end));
     // A list that may go on is not cut off before it is known that it does not.
     expect(grown.slice(0, -1)).toEqual(whole.slice(0, grown.length - 1));
+  }
+});
+
+test("definitions that stand alone are shown as they were written", () => {
+  expect(definitionsShown("[^1]: The note.\n[2]: http://a.b\n")).toBe(
+    "\\[^1]: The note.\n\\[2]: http://a.b\n",
+  );
+  for (const other of ["See [^1].", "a [b]: c", "[x] done", "```\n[a]: b\n```"]) {
+    expect(definitionsShown(other)).toBe(other);
   }
 });

@@ -8,6 +8,14 @@ const LIST_ITEM = /^ {0,3}(?:[-*+]|\d{1,9}[.)])(?: |$)/;
 /** A line that is still being written and may become a list item. */
 const MAY_BE_ITEM = /^ {0,3}\d{1,9}[.)]?$/;
 
+const DEFINITION = /^( {0,3})\[(?=[^\]\n]+\]:)/;
+
+/** A piece of definitions (of notes, of addresses) as text, since what refers to them is in another
+ * piece: as Markdown nothing of it would be seen. */
+export function definitionsShown(block: string): string {
+  return DEFINITION.test(block) ? block.replaceAll(new RegExp(DEFINITION, "gm"), "$1\\[") : block;
+}
+
 /** The pieces; put together they are the text. */
 export function blocksOf(text: string): string[] {
   const blocks: string[] = [];
