@@ -130,5 +130,6 @@ def _body(scope: Scope, receive: Receive) -> Receive:
 
     if _has_body(dict(scope["headers"])):
         return counted
-    scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    scope["headers"] = [*others, (b"content-type", b"application/json")]
     return empty_object

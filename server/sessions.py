@@ -442,7 +442,9 @@ class Sessions:
             room = room_for_answer(model, num_prompt_tokens, wish.max_tokens, param="input")
         except ContextLengthExceeded as error:
             if session.overflow == "error":
-                error.message += "; or set the session's `overflow` to `drop_oldest`"
+                error.message += (
+                    "; a session made with `overflow` `drop_oldest` leaves out its oldest turns"
+                )
             raise
         return wish.params(room)
 

@@ -27,13 +27,11 @@ MAX_MESSAGES = 4096
 _REFUSED = {
     "functions": "use `tools`",
     "function_call": "use `tool_choice`",
-    "guided_json": "use `response_format`",
-    "guided_regex": "use `regex`",
-    "guided_grammar": "use `grammar`",
-    "guided_choice": "use `regex`: a|b|c",
     "audio": "this server makes text only",
     "moderation": "nothing is moderated here",
     "web_search_options": "this server has no web search",
+    "echo": "completions have it",
+    "suffix": "this model continues at the end only",
 }
 
 
@@ -122,11 +120,16 @@ class ChatRequest(FormattedFields, ToolFields):
             )
         if self.resumable and (self.n or 1) > 1:
             raise InvalidRequest("`resumable` needs `n` = 1", param="n")
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise InvalidRequest(
-                "`continue_final_message` needs an assistant message at the end",
-                param="continue_final_message",
-            )
+        check_end(self.messages, bool(self.continue_final_message))
+
+
+def check_end(messages: list[ChatMessage], continue_final_message: bool) -> None:
+    """Raises InvalidRequest where there is no answer to go on with."""
+    if continue_final_message and messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "`continue_final_message` needs an assistant message at the end",
+            param="continue_final_message",
+        )
 
 
 async def prompt_token_ids(

@@ -15,12 +15,12 @@ from model.engine.messages import ModelInfo, TokenLogprob
 from server.api.answers import finite, respond, usage, wire_reason
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
-from server.events import Delta, Done, Event, Failed
+from server.events import Delta, Done, Event, Failed, Paused
 from server.generation import Generation
 from server.prompt import off_loop, room_for_answer
 from server.reader import read
 from server.services import Caller, Services, Shared
-from server.sse import DONE, data_frame
+from server.sse import DONE, comment_frame, data_frame
 
 router = APIRouter()
 
@@ -46,6 +46,8 @@ class CompletionRequest(SamplingFields):
             {
                 "suffix": "this model completes at the end only",
                 "response_format": "it belongs to chat; use `regex` or `grammar` here",
+                "resumable": "chat completions and sessions have durable streams",
+                "tools": "they belong to chat",
             }
         )
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -190,6 +192,8 @@ class _Answer:
                 start = event.end - len(event.token_ids)
                 pieces = self._generations[index].pieces[start : event.end]
                 return [self._frame(index, pieces, event.logprobs)]
+            case Paused():
+                return [comment_frame("the engine is being restarted")]
             case Done():
                 reason = "length" if self._drop_output else wire_reason(event)
                 return [self._frame(index, [], [], reason)]

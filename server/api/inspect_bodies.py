@@ -17,8 +17,8 @@ MAX_TOKENS = 4096
 MAX_TOKENS_WITH_LAYERS = 512
 MAX_ATTENTION_TOKENS = 512
 MAX_VALUES = 300_000  # of one array of an attention answer
-MAX_TOP_K = 50
-MAX_NEW_TOKENS = 256
+TOP_K, MAX_TOP_K = 10, 50
+NEW_TOKENS, MAX_NEW_TOKENS = 100, 256
 MAX_RECOMPUTED = 1 << 18  # tokens that a generation without the KV cache computes
 
 Place = Annotated[int, Field(ge=0)]
@@ -77,7 +77,7 @@ class SubjectBody(TextBody):
 class ForwardBody(SubjectBody):
     """`POST /v1/inspect/forward`"""
 
-    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K)
+    top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
     layers: Literal["all"] | list[Place] | None = None
 
     async def inspection(
@@ -91,14 +91,14 @@ class ForwardBody(SubjectBody):
         _check_places(layers, model.num_layers, "layers", "layer")
         limit = MAX_TOKENS_WITH_LAYERS if layers else MAX_TOKENS
         ids = await self.subject(services, model, limit)
-        return ids, ForwardInspection(self.top_k, layers)
+        return ids, ForwardInspection(self.top_k or TOP_K, layers)
 
 
 class AttentionBody(SubjectBody):
     """`POST /v1/inspect/attention`"""
 
     layer: Place
-    head: Literal["all"] | Place = "all"
+    head: Literal["all"] | Place | None = None
     queries: Annotated[list[Place], Field(min_length=1)] | None = None
 
     async def inspection(
@@ -106,7 +106,7 @@ class AttentionBody(SubjectBody):
     ) -> tuple[list[int], AttentionInspection]:
         """The tokens, and what to look for. Raises InvalidRequest for what is beyond a limit."""
         _check_places([self.layer], model.num_layers, "layer", "layer")
-        heads = list(range(model.num_heads)) if self.head == "all" else [self.head]
+        heads = [self.head] if isinstance(self.head, int) else list(range(model.num_heads))
         _check_places(heads, model.num_heads, "head", "head")
         ids = await self.subject(services, model, MAX_ATTENTION_TOKENS)
         if self.queries is None:
@@ -127,7 +127,7 @@ class AttentionBody(SubjectBody):
 class CacheBody(TextBody):
     """`POST /v1/inspect/kv-cache`"""
 
-    max_tokens: int = Field(default=100, ge=1, le=MAX_NEW_TOKENS)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
 
     async def inspection(
         self, services: Services, model: ModelInfo
@@ -135,15 +135,16 @@ class CacheBody(TextBody):
         """The prompt, and how many tokens to draw. Raises InvalidRequest for what is beyond a
         limit."""
         ids = _checked(await self.prompt(services), model, MAX_TOKENS, self.given)
-        room_for_answer(model, len(ids), self.max_tokens, param="max_tokens")
-        recomputed = self.max_tokens * len(ids) + self.max_tokens * (self.max_tokens - 1) // 2
+        num_new = self.max_tokens or NEW_TOKENS
+        room_for_answer(model, len(ids), num_new, param="max_tokens")
+        recomputed = num_new * len(ids) + num_new * (num_new - 1) // 2
         if recomputed > MAX_RECOMPUTED:
             raise InvalidRequest(
                 f"without the cache {recomputed} tokens would be computed; at most "
                 f"{MAX_RECOMPUTED} are: shorten the prompt of {len(ids)} tokens, or ask for fewer",
                 param="max_tokens",
             )
-        return ids, CacheInspection(self.max_tokens)
+        return ids, CacheInspection(num_new)
 
 
 def _checked(ids: list[int], model: ModelInfo, limit: int, param: str) -> list[int]:

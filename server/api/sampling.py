@@ -20,6 +20,22 @@ MAX_STOP_CHARACTERS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
 
+# Of other servers: what changes an answer, and no route of this one knows.
+_REFUSED = {
+    "guided_json": "a schema goes into the response format",
+    "guided_regex": "use `regex`",
+    "guided_grammar": "use `grammar`",
+    "guided_choice": "use `regex`: a|b|c",
+    "structured_outputs": "use the response format, `regex` or `grammar`",
+    "json_schema": "a schema goes into the response format",
+    "bad_words": "use `logit_bias`",
+    "use_beam_search": "this server samples",
+    "prompt_logprobs": "completions have them, with `echo` and `logprobs`",
+    "include_stop_str_in_output": "an answer ends before a stop string",
+    "truncate_prompt_tokens": "no prompt is cut without a word",
+    "chat_template": "the model's own is used",
+}
+
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
@@ -149,9 +165,10 @@ class SamplingFields(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def refuse(self, reasons: dict[str, str]) -> None:
-        """Raise UnsupportedParameter for a field in `reasons` that is there and says something."""
+        """Raise UnsupportedParameter for a field in `reasons`, or one that no route knows, that is
+        there and says something."""
         said: dict[str, Any] = {**(self.model_extra or {})}
-        for name, reason in reasons.items():
+        for name, reason in {**_REFUSED, **reasons}.items():
             if said.get(name, getattr(self, name, None)) not in (None, False, [], {}, ""):
                 raise UnsupportedParameter(f"`{name}` is not supported: {reason}", param=name)
 

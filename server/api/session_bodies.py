@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,9 +21,9 @@ class NewSession(BaseModel):
 
     title: Title | None = None
     instructions: Text | None = None
-    metadata: Metadata = {}
-    defaults: Defaults = Defaults()
-    overflow: Literal["error", "drop_oldest"] = "error"
+    metadata: Metadata | None = None
+    defaults: Defaults | None = None
+    overflow: Literal["error", "drop_oldest"] | None = None
 
 
 class SessionChange(BaseModel):
@@ -38,7 +38,8 @@ class SessionChange(BaseModel):
 class AnswerFields(Defaults):
     """What all that makes an answer has in common."""
 
-    on_busy: OnBusy = "error"
+    on_busy: OnBusy | None = None
+    _own: ClassVar[frozenset[str]] = frozenset()  # what no default of the session's says
 
     async def wish(self, services: Services, session: SessionRecord) -> Wish:
         """How the answer is to be drawn: as the body says, else as the session's defaults do.
@@ -52,12 +53,14 @@ class AnswerFields(Defaults):
             update={
                 name: value
                 for name, value in Defaults.model_validate(session.defaults)
-                if getattr(self, name) is None and not (name in STRUCTURED and own)
+                if getattr(self, name) is None
+                and name not in self._own
+                and not (name in STRUCTURED and own)
             }
         )
         for param, grammar in fields.grammars().items():
             await services.grammars.check(grammar, param=param)
-        if fields.top_logprobs is not None and not fields.logprobs:
+        if self.top_logprobs is not None and not fields.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         top = (fields.top_logprobs or 0) if fields.logprobs else None
         return Wish(
@@ -72,7 +75,7 @@ class AnswerFields(Defaults):
 class NewTurn(AnswerFields):
     input: str | Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     parent: TurnId | None = None
-    answer: bool = True
+    answer: bool | None = None
 
     def messages(self) -> list[dict[str, Any]]:
         if isinstance(self.input, str):
@@ -81,6 +84,10 @@ class NewTurn(AnswerFields):
 
 
 class Regenerate(AnswerFields):
+    _own: ClassVar[frozenset[str]] = frozenset(
+        {"seed"}
+    )  # with the one of the answer before, it would be the same answer
+
     turn: TurnId | None = None
 
 
@@ -89,7 +96,7 @@ class Continue(BaseModel):
 
     stream: bool | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    on_busy: OnBusy = "error"
+    on_busy: OnBusy | None = None
 
 
 class Fork(BaseModel):

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field
 
 from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
+from server.errors import InvalidRequest
+from server.services import Services
 
 STRUCTURED = ("response_format", "regex", "grammar")  # of which an answer follows one
 MAX_METADATA = 64
@@ -54,3 +56,18 @@ class Defaults(FormattedFields):
     max_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    async def check(self, services: Services) -> None:
+        """Raises InvalidRequest for what would fail in every turn, naming the field."""
+        try:
+            if (self.n or 1) > 1:
+                raise InvalidRequest("`n` must be 1: a turn has one answer", param="n")
+            if self.stream:
+                raise InvalidRequest("`stream` is said by each request, not here", param="stream")
+            params = self.unlimited_params(services, top_logprobs=None)
+            if self.max_tokens is not None:
+                self.limited(params, self.max_tokens)
+            await services.grammars.check(params.grammar, param=next(iter(self.grammars()), ""))
+        except InvalidRequest as error:
+            error.param = f"defaults.{error.param}"
+            raise

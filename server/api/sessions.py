@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from server.api.session_bodies import Fork, NewSession, SessionChange
+from server.api.session_fields import Defaults
 from server.api.session_shapes import session_shape, turn_shape
 from server.errors import InvalidRequest
 from server.owners import Owner
@@ -28,13 +29,15 @@ async def create_session(
     body: NewSession, request: Request, services: Shared, owner: Caller
 ) -> Response:
     """A new session, without turns."""
+    defaults = body.defaults or Defaults()
+    await defaults.check(services)
     record = SessionRecord.new(
         owner.name,
         title=body.title,
         instructions=body.instructions,
-        metadata=body.metadata,
-        defaults=body.defaults.model_dump(exclude_none=True),
-        overflow=body.overflow,
+        metadata=body.metadata or {},
+        defaults=defaults.model_dump(exclude_none=True),
+        overflow=body.overflow or "error",
     )
 
     async def make(idempotency: IdempotencyRecord | None) -> SessionRecord:
@@ -119,6 +122,7 @@ async def change_session(id: str, body: SessionChange, services: Shared, owner: 
     if body.metadata is not None:
         fields["metadata"] = body.metadata
     if body.defaults is not None:
+        await body.defaults.check(services)
         fields["defaults"] = body.defaults.model_dump(exclude_none=True)
     if body.head is not None:
         await services.sessions.set_head(owner, record.id, body.head)

@@ -8,8 +8,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from server.api.chat import MAX_MESSAGES, ChatMessage, prompt_token_ids
-from server.errors import InvalidRequest
+from server.api.chat import MAX_MESSAGES, ChatMessage, check_end, prompt_token_ids
+from server.api.tool_fields import ToolFields
+from server.errors import InvalidRequest, UnsupportedParameter
 from server.prompt import off_loop
 from server.responses import json_response
 from server.services import Shared
@@ -19,13 +20,30 @@ router = APIRouter()
 MAX_TOKENS = 1_000_000
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(ToolFields):
+    """A prompt as chat completions make it: with these `tools`, too."""
+
     model_config = ConfigDict(extra="ignore")
 
     text: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
         None
     )
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequest and UnsupportedParameter for what the types cannot say."""
+        if (self.text is None) == (self.messages is None):
+            raise InvalidRequest("give either `text` or `messages`", param="text")
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise UnsupportedParameter(
+                "`add_generation_prompt` false is not supported: chat completions have no such "
+                "prompt",
+                param="add_generation_prompt",
+            )
+        if self.messages is not None:
+            check_end(self.messages, bool(self.continue_final_message))
 
 
 class DetokenizeRequest(BaseModel):
@@ -37,10 +55,14 @@ class DetokenizeRequest(BaseModel):
 @router.post("/tokenize", operation_id="tokenize")
 async def tokenize(body: TokenizeRequest, services: Shared) -> Response:
     """Text, or messages by the chat template, as token ids and their pieces."""
-    if (body.text is None) == (body.messages is None):
-        raise InvalidRequest("give either `text` or `messages`", param="text")
+    body.check()
     if body.messages is not None:
-        ids = await prompt_token_ids(services, body.messages)
+        ids = await prompt_token_ids(
+            services,
+            body.messages,
+            continue_final_message=bool(body.continue_final_message),
+            tools=body.tool_use().tools,
+        )
     else:
         text = body.text or ""
         ids = await off_loop(len(text), lambda: services.tokenizer.encode(text))

@@ -35,13 +35,13 @@ async def append_turn(
 
     async def make(idempotency: IdempotencyRecord | None) -> Generation | TurnRecord:
         session = await services.sessions.get(owner, id)
-        if not body.answer:
+        if body.answer is False:
             return await services.sessions.add(
                 owner,
                 id,
                 body.messages(),
                 parent=parent,
-                on_busy=body.on_busy,
+                on_busy=body.on_busy or "error",
                 idempotency=idempotency,
             )
         return await services.sessions.append(
@@ -50,7 +50,7 @@ async def append_turn(
             body.messages(),
             await body.wish(services, session),
             parent=parent,
-            on_busy=body.on_busy,
+            on_busy=body.on_busy or "error",
             idempotency=idempotency,
         )
 
@@ -67,7 +67,7 @@ async def regenerate(
         session = await services.sessions.get(owner, id)
         wish = await body.wish(services, session)
         return await services.sessions.regenerate(
-            owner, id, body.turn, wish, on_busy=body.on_busy, idempotency=idempotency
+            owner, id, body.turn, wish, on_busy=body.on_busy or "error", idempotency=idempotency
         )
 
     return await _answered(services, request, owner, make, stream=bool(body.stream))
@@ -81,7 +81,11 @@ async def continue_turn(
 
     async def make(idempotency: IdempotencyRecord | None) -> Generation:
         return await services.sessions.resume(
-            owner, id, max_tokens=body.max_tokens, on_busy=body.on_busy, idempotency=idempotency
+            owner,
+            id,
+            max_tokens=body.max_tokens,
+            on_busy=body.on_busy or "error",
+            idempotency=idempotency,
         )
 
     return await _answered(services, request, owner, make, stream=bool(body.stream))

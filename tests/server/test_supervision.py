@@ -41,10 +41,15 @@ def wait_running(server: Server, count: int) -> None:
 class Client(threading.Thread):
     """Sends one request and keeps the end of its answer, and when it came."""
 
-    def __init__(self, server: Server, *, stream: bool, max_tokens: int = 450) -> None:
+    def __init__(
+        self, server: Server, *, stream: bool, max_tokens: int = 450, prompt: str | None = None
+    ) -> None:
         super().__init__()
         self._body = {**BODY, "stream": stream, "max_tokens": max_tokens}
         self._url = f"{server.url}/v1/chat/completions"
+        if prompt is not None:
+            self._body["prompt"] = prompt
+            self._url = f"{server.url}/v1/completions"
         self.status = 0
         self.tail = ""
         self.ended = 0.0
@@ -61,9 +66,10 @@ class Client(threading.Thread):
 def test_kill_9_of_the_engine(server: Server) -> None:
     # Half of them are streams.
     clients = [Client(server, stream=bool(i % 2)) for i in range(8)]
-    for client in clients:
+    completions = Client(server, stream=True, prompt="Tell me")
+    for client in [*clients, completions]:
         client.start()
-    wait_running(server, 8)
+    wait_running(server, 9)
     first = server.engine.pid
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: not server.ready(), 1.0, "/ready does not turn 503")
@@ -74,9 +80,10 @@ def test_kill_9_of_the_engine(server: Server) -> None:
     assert int(refused.headers["retry-after"]) >= 1
     wait_until(server.ready, 30, "the engine is not back")
     assert server.engine.pid != first
-    for client in clients:
+    for client in [*clients, completions]:
         client.join(30)
         assert client.status == 200
+    assert completions.tail.count(": the engine is being restarted\n") == 1
     # Those who wait for the whole answer notice nothing, those who stream are told of the pause.
     again = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=30)
     text = again.json()["choices"][0]["message"]["content"]

@@ -171,6 +171,15 @@ def test_chat_accepts_its_edges(tiny_server: Server, change: dict[str, Any]) -> 
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content",
         ),
+        (CHAT, {**HELLO, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        (COMPLETIONS, {"prompt": "x", "guided_regex": "[0-9]{3}"}, "guided_regex"),
+        (COMPLETIONS, {"prompt": "x", "resumable": True}, "resumable"),
+        ("/v1/responses", {"input": "x", "guided_choice": ["a", "b"]}, "guided_choice"),
+        (
+            "/tokenize",
+            {"messages": HELLO["messages"], "add_generation_prompt": False},
+            "add_generation_prompt",
+        ),
         (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),
         (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of"),
         (
@@ -231,6 +240,20 @@ def test_usage_counts_what_the_tokenizer_counts(tiny_server: Server) -> None:
         assert answer["usage"]["prompt_tokens"] == count
 
 
+def test_tokenize_makes_the_prompt_that_chat_makes(tiny_server: Server) -> None:
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    said = [*HELLO["messages"], {"role": "assistant", "content": "Well"}]
+    plain = post(tiny_server, "/tokenize", {"messages": said}).json()["count"]
+    for fields in (
+        {"tools": [{"type": "function", "function": function}]},
+        {"continue_final_message": True},
+    ):
+        body = {"messages": said, **fields}
+        count = post(tiny_server, "/tokenize", body).json()["count"]
+        answer = post(tiny_server, CHAT, {**body, "max_tokens": 1}).json()
+        assert answer["usage"]["prompt_tokens"] == count != plain
+
+
 def test_an_answer_without_a_limit_uses_the_room_that_is_left(tiny_server: Server) -> None:
     body = {"messages": HELLO["messages"], "ignore_eos": True, "seed": 1}
     usage = post(tiny_server, CHAT, body).json()["usage"]
@@ -244,7 +267,8 @@ def test_tokenize_and_back(tiny_server: Server) -> None:
     assert said["max_model_len"] == 512
     back = post(tiny_server, "/detokenize", {"tokens": said["tokens"]}).json()
     assert back["text"] == text
-    for body in ({}, {"text": "x", "messages": HELLO["messages"]}):
+    going_on = {"messages": HELLO["messages"], "continue_final_message": True}
+    for body in ({}, {"text": "x", "messages": HELLO["messages"]}, going_on):
         assert post(tiny_server, "/tokenize", body).status_code == 400
     assert post(tiny_server, "/detokenize", {"tokens": [512]}).status_code == 400
 

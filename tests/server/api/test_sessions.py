@@ -637,3 +637,65 @@ def test_other_content_types(http: httpx.Client, session: str, method: str) -> N
     broken = http.request(method, where, content="{", headers=JSON)
     refused(broken, 400, "invalid_value")
     refused(http.put(f"/v1/sessions/{session}", json={}), 405, "invalid_value")
+
+
+# ------------------------------------------------------------------------------------ defaults
+
+
+@pytest.mark.parametrize(
+    ("defaults", "param"),
+    [
+        ({"regex": "("}, "regex"),
+        ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
+        ({"n": 2}, "n"),
+        ({"stream": True}, "stream"),
+    ],
+)
+def test_defaults_that_no_turn_could_have(
+    http: httpx.Client, session: str, defaults: dict[str, Any], param: str
+) -> None:
+    for method, path in (("POST", "/v1/sessions"), ("PATCH", f"/v1/sessions/{session}")):
+        response = http.request(method, path, json={"defaults": defaults})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"defaults.{param}"
+
+
+def test_another_answer_has_another_seed(http: httpx.Client) -> None:
+    id = made(http, defaults={**TINY, "seed": 3, "temperature": 2})
+    first = asked(http, id)
+    again = [http.post(f"/v1/sessions/{id}/regenerate").json() for _ in range(3)]
+    assert len({turn["content"][0]["text"] for turn in [first, *again]}) > 1
+    same = http.post(f"/v1/sessions/{id}/regenerate", json={"seed": 3}).json()
+    assert same["content"] == first["content"]
+
+
+def test_log_probabilities_of_the_defaults_can_be_left_out(http: httpx.Client) -> None:
+    id = made(http, defaults={**TINY, "logprobs": True, "top_logprobs": 2})
+    asked(http, id)
+    asked(http, id, logprobs=False)
+    with http.stream(
+        "POST", f"/v1/sessions/{id}/turns", json={"input": "x", "logprobs": False, "stream": True}
+    ) as response:
+        told = events(response.read().decode())
+    assert not any("logprobs" in event.data for event in told)
+    turn = {"input": "x", "logprobs": False, "top_logprobs": 2}
+    refused(http.post(f"/v1/sessions/{id}/turns", json=turn), 400, "invalid_value", "top_logprobs")
+
+
+def test_null_is_a_field_that_is_not_there(http: httpx.Client) -> None:
+    nothing = dict.fromkeys(("title", "instructions", "metadata", "defaults", "overflow"))
+    body = http.post("/v1/sessions", json=nothing).json()
+    assert (body["metadata"], body["defaults"], body["overflow"]) == ({}, {}, "error")
+    id = made(http)
+    asked(http, id, on_busy=None, answer=None, stream=None)
+    for route in ("regenerate", "continue"):
+        response = http.post(f"/v1/sessions/{id}/{route}", json={"on_busy": None, "max_tokens": 4})
+        assert response.status_code == 200, response.text
+
+
+def test_an_empty_body_of_another_type(http: httpx.Client) -> None:
+    for content_type in ("application/x-www-form-urlencoded", "text/plain"):
+        headers = {"content-type": content_type, "content-length": "0"}
+        assert http.post("/v1/sessions", headers=headers).status_code == 200
