@@ -241,6 +241,29 @@ def bench(
 
 
 @app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="the server")] = "http://127.0.0.1:8000",
+    session: Annotated[str | None, typer.Option(help="go on with this session")] = None,
+    system: Annotated[str | None, typer.Option(help="the system prompt of a new session")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HEADWATER_API_KEY", help="where the server asks for one")
+    ] = None,
+) -> None:
+    """A conversation in the terminal, in a session that the server keeps. Ctrl+C stops the answer,
+    not the program; Ctrl+D leaves. Of a pipe, each line is said.
+
+    Exit codes: 0 done, 1 error, 2 usage, 75 the server cannot be reached."""
+    from server.chat import chat as talk
+
+    with _explained():
+        if session is not None and not re.fullmatch(r"sess_[0-9a-f]{32}", session):
+            raise Fault(f"a session is named sess_ and 32 digits, got {session!r}", code=2)
+        if session is not None and system is not None:
+            raise Fault("--system belongs to a new session; --session has one already", code=2)
+        raise typer.Exit(talk(url, session, system, api_key))
+
+
+@app.command()
 def resume(
     generation: Annotated[str, typer.Argument(help="its id, as the answer's header named it")],
     url: Annotated[str, typer.Option(help="the server")] = "http://127.0.0.1:8000",

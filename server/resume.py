@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 
@@ -9,6 +10,7 @@ import httpx
 import msgspec
 
 EXIT_DONE, EXIT_ERROR, EXIT_UNREACHABLE = 0, 1, 75
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0)
 
 
@@ -69,7 +71,7 @@ class Reader:
     def _take(self, event: str, data: str) -> int | None:
         document = msgspec.json.decode(data)
         if event == "delta":
-            sys.stdout.write(document["text"])
+            sys.stdout.write(printable(document["text"]))
             sys.stdout.flush()
         elif event == "done":
             sys.stdout.write("\n")
@@ -85,15 +87,26 @@ class Reader:
         return None
 
 
+def printable(text: str) -> str:
+    """The text; for a terminal without what would steer it (escape sequences)."""
+    if not sys.stdout.isatty():
+        return text
+    return _CONTROLS.sub("", text)
+
+
 def _refused(response: httpx.Response) -> int | None:
     if response.status_code in (429, 503):
         return None
-    try:
-        message = msgspec.json.decode(response.content)["error"]["message"]
-    except (msgspec.DecodeError, KeyError, TypeError):
-        message = f"the server answered {response.status_code}"
-    sys.stderr.write(f"headwater: {message}\n")
+    sys.stderr.write(f"headwater: {message_of(response)}\n")
     return EXIT_ERROR
+
+
+def message_of(response: httpx.Response) -> str:
+    """What a refusal says."""
+    try:
+        return str(msgspec.json.decode(response.content)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return f"the server answered {response.status_code}"
 
 
 def follow(url: str, generation: str, api_key: str | None) -> int:
