@@ -117,6 +117,12 @@ async function tokens(page) {
     const shown = percent(await rows.nth(i).locator(".ms-bar-value").textContent());
     assert.ok(Math.abs(shown - prob) < 0.006, `${shown} for ${prob}`);
   }
+  const { data } = await api("GET", "/v1/models");
+  assert.match(
+    await page.locator(".ms-panel").textContent(),
+    new RegExp(`repetition penalty ${data[0].sampling_defaults.repetition_penalty}`),
+    "what else decides the draw is named",
+  );
   await audit(page, "the next token");
   await shot(page, "microscope-next");
 

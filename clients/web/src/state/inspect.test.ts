@@ -8,6 +8,7 @@ import {
   layersFor,
   look,
   pathTokens,
+  penalties,
   seenTokens,
   spanAround,
   summary,
@@ -135,6 +136,16 @@ describe("seenTokens", () => {
     expect(firstSurprise(tokens, 11)).toBe(12);
     expect(firstSurprise(tokens.slice(0, 2), 11)).toBe(11);
   });
+});
+
+it("names the penalties that are set", () => {
+  expect(penalties({})).toEqual([]);
+  expect(penalties({}, { repetition_penalty: 1.1, temperature: 0.2 })).toEqual([
+    "repetition penalty 1.1",
+  ]);
+  expect(
+    penalties({ repetition_penalty: 1, frequency_penalty: -0.5 }, { repetition_penalty: 1.1 }),
+  ).toEqual(["frequency penalty -0.5"]);
 });
 
 it("looks elsewhere one thing at a time", () => {

@@ -1,7 +1,8 @@
 /** What the microscope works out from what the server answers. Pure. */
 
 import type { Alternative, Forward, Piece } from "../api/inspect";
-import type { Turn } from "../api/types";
+import type { Sampling, Turn } from "../api/types";
+import { PARAMETERS } from "./sampling";
 
 /** The tokens of a path up to an answer's end; the answer's own begin at `start`. */
 export interface PathTokens {
@@ -96,6 +97,18 @@ export function summary(tokens: readonly SeenToken[]): Summary | null {
     perplexity: Math.exp(-mean),
     notFirst: drawn.filter(({ rank }) => rank > 1).length,
   };
+}
+
+/** The penalties that are set, as "repetition penalty 1.1"; a session's own go before the model's. */
+export function penalties(session: Sampling, model: Sampling = {}): string[] {
+  const off = { repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0 };
+  return PARAMETERS.flatMap(({ name, label }) => {
+    if (!(name in off)) return [];
+    const value = session[name] ?? model[name];
+    return value === undefined || value === off[name as keyof typeof off]
+      ? []
+      : [`${label.toLowerCase()} ${value}`];
+  });
 }
 
 /** Where the eye should begin: at the first token of the answer that was not the first choice. */

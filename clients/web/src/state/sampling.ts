@@ -16,7 +16,7 @@ export const PARAMETERS: readonly Parameter[] = [
   {
     name: "temperature",
     label: "Temperature",
-    what: "0 always takes the likeliest token",
+    what: "0 takes the likeliest token after the penalties",
     min: 0,
     max: 2,
     step: 0.05,

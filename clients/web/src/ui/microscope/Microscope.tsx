@@ -14,11 +14,13 @@ import {
   firstSurprise,
   look,
   pathTokens,
+  penalties,
   seenTokens,
   summary,
   type SeenToken,
   type View,
 } from "../../state/inspect";
+import { useChatState } from "../context";
 import { Alternatives } from "./Alternatives";
 import { AttentionMap } from "./AttentionMap";
 import { LogitLens } from "./LogitLens";
@@ -109,6 +111,10 @@ function Slide(props: {
   onForked: (sessionId: string) => void;
 }) {
   const { session, ids, start, tokens, model } = props.specimen;
+  const set = penalties(
+    session.defaults,
+    useChatState((chat) => chat.model?.sampling_defaults),
+  );
   const [prompt, setPrompt] = useState(start <= 120);
   const [state, dispatch] = useReducer(look, null, () => ({
     ...firstLook(firstSurprise(tokens, Math.min(start, ids.length - 1))),
@@ -151,9 +157,9 @@ function Slide(props: {
         )}
         {seen !== null && (
           <p className="ms-note">
-            {whole(seen.tokens)} tokens, {whole(seen.notFirst)} of them not the model’s first
-            choice. On average it was as undecided as between {figure(seen.perplexity)} equally
-            likely tokens: its perplexity.
+            {whole(seen.tokens)} tokens, {whole(seen.notFirst)} of them not the model’s own
+            first choice{set.length > 0 && ` (before ${set.join(", ")})`}. On average it was as
+            undecided as between {figure(seen.perplexity)} equally likely tokens: its perplexity.
           </p>
         )}
       </div>
@@ -176,6 +182,12 @@ function Slide(props: {
                 {token.answer
                   ? " Choose another one, and a copy of this conversation goes on from there."
                   : " This is what the model expected in a place that the prompt had filled."}
+              </p>
+              <p className="ms-note">
+                These are the model’s own probabilities, before temperature, penalties, top p, top k
+                and min p. With a penalty another token than the first can be drawn even at
+                temperature 0.
+                {set.length > 0 && ` Set in this conversation now: ${set.join(", ")}.`}
               </p>
               <Alternatives
                 key={token.index}
