@@ -1,7 +1,8 @@
 import { describe, expect, it } from "vitest";
 
+import type { ModelFacts } from "../api/inspect";
 import type { CacheReport } from "../api/types";
-import { bytes, clockAt, reuse, showSpeed, whyComputed } from "./inspect-cache";
+import { bytes, clockAt, numberBytes, reuse, showSpeed, whyComputed } from "./inspect-cache";
 import { ticks, toUnit } from "./inspect-norms";
 
 const report = (last: CacheReport["last_turn"]): CacheReport => ({
@@ -57,6 +58,11 @@ describe("whyComputed", () => {
 
 it("writes bytes", () => {
   expect([23040, 512, 150 * 1024 * 1024].map(bytes)).toEqual(["22.5 KiB", "512 B", "150 MiB"]);
+});
+
+it("tells the bytes of a number from those of a token", () => {
+  const model = { kv_bytes_per_token: 23040, blocks: 30, kv_heads: 3, head_dim: 64 } as ModelFacts;
+  expect(numberBytes(model)).toBe(2);
 });
 
 describe("the clocks", () => {

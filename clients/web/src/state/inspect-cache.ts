@@ -1,6 +1,6 @@
 /** The cache's report and the KV comparison in words and parts. Pure. */
 
-import type { KvRun } from "../api/inspect";
+import type { KvRun, ModelFacts } from "../api/inspect";
 import type { CacheReport } from "../api/types";
 
 export type Tier = "device" | "host" | "disk" | "none";
@@ -55,6 +55,10 @@ export function whyComputed(report: CacheReport): string {
       return `Less was found than expected, from token ${miss.token} on (${miss.reason}).`;
   }
 }
+
+/** The bytes that one number of a key or value takes. */
+export const numberBytes = (model: ModelFacts): number =>
+  model.kv_bytes_per_token / (2 * model.blocks * model.kv_heads * model.head_dim);
 
 /** 23040 -> "22.5 KiB". */
 export function bytes(count: number): string {

@@ -3,7 +3,7 @@ import { useId, useState } from "react";
 import { readCache, readModel, readTokens, spell, type ModelFacts } from "../../api/inspect";
 import type { CacheReport } from "../../api/types";
 import { pathTokens } from "../../state/inspect";
-import { bytes, reuse, whyComputed, type Tier } from "../../state/inspect-cache";
+import { bytes, numberBytes, reuse, whyComputed, type Tier } from "../../state/inspect-cache";
 import { Waiting } from "./Waiting";
 import { useLoaded } from "./loaded";
 import { label, percent, whole } from "./words";
@@ -115,8 +115,8 @@ function Blocks(props: Shown) {
         <Fact name="on disk too" value={`${whole(report.on_disk)} tokens`} />
       </dl>
       <p className="ms-note">
-        A token’s share: 2 (key and value) × {model.blocks} blocks × {model.kv_heads} heads ×{" "}
-        {model.head_dim} numbers.
+        A token’s share: 2 (key and value) × {model.blocks} layers × {model.kv_heads} heads ×{" "}
+        {model.head_dim} numbers × {numberBytes(model)} bytes.
       </p>
       <LastTurn report={report} />
     </>
