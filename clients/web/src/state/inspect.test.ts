@@ -3,6 +3,7 @@ import { describe, expect, it } from "vitest";
 import type { Forward } from "../api/inspect";
 import type { Turn } from "../api/types";
 import {
+  exampleIt,
   firstLook,
   firstSurprise,
   layersFor,
@@ -137,6 +138,17 @@ describe("seenTokens", () => {
     expect(firstSurprise(tokens.slice(0, 2), 11)).toBe(11);
   });
 });
+
+it("finds the example in a text, and only there", () => {
+  const text = ["\n", "Sarah", " fed", " the", " cat", " because", " it", "."];
+  const said = (texts: string[]) =>
+    texts.map((text, i) => ({ ...tokenOf(text), index: 7 + i }));
+  expect(exampleIt(said(text))).toBe(13);
+  expect(exampleIt(said(text.slice(0, 6)))).toBeNull();
+  expect(exampleIt(said([" it"]))).toBeNull();
+});
+
+const tokenOf = (text: string) => ({ ...seenTokens(forward, 0, 0)[0]!, text });
 
 it("names the penalties that are set", () => {
   expect(penalties({})).toEqual([]);

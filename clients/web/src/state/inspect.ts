@@ -1,6 +1,6 @@
 /** What the microscope works out from what the server answers. Pure. */
 
-import type { Alternative, Forward, Piece } from "../api/inspect";
+import type { Alternative, Forward, ModelFacts, Piece } from "../api/inspect";
 import type { Sampling, Turn } from "../api/types";
 import { PARAMETERS } from "./sampling";
 
@@ -138,6 +138,23 @@ export type LookAction =
   | { do: "head"; head: number }
   | { do: "measure"; measure: Measure }
   | { do: "skipFirst"; skipFirst: boolean };
+
+/** The head by which the default model finds "cat" from the "it" of the first screen's example. */
+export const NOUN_HEAD = { model: "smollm2-135m", layer: 9, head: 4 };
+
+/** A head to begin with. */
+export const firstHead = (model: ModelFacts): { layer: number; head: number } =>
+  model.model === NOUN_HEAD.model
+    ? { layer: NOUN_HEAD.layer, head: NOUN_HEAD.head }
+    : { layer: Math.floor(model.blocks / 3), head: 0 };
+
+/** The place of the example's "it"; null in another text. */
+export function exampleIt(tokens: readonly SeenToken[]): number | null {
+  const words = ["Sarah", " fed", " the", " cat", " because", " it"];
+  const at = tokens.findIndex((_, i) => words.every((word, j) => tokens[i + j]?.text === word));
+  if (at < 0) return null;
+  return tokens[at + words.length - 1]?.index ?? null;
+}
 
 export const firstLook = (selected: number): Look => ({
   view: "next",

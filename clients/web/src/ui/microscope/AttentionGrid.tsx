@@ -32,7 +32,7 @@ export function AttentionGrid(props: {
           width={LEFT + cols.length * CELL + 28}
           height={TOP + values.length * CELL + 4}
           role="img"
-          aria-label={`Attention of head ${look.head + 1} in layer ${look.layer + 1}`}
+          aria-label={`Attention of head ${look.head} in layer ${look.layer}`}
           onPointerLeave={() => setCell(null)}
           onPointerMove={(event) => {
             const at = event.target as SVGElement;

@@ -62,25 +62,25 @@ export function AttentionMap(props: {
       </p>
       <div className="ms-controls">
         <label>
-          Layer {layer + 1} of {model.blocks}
+          Layer {layer} (0 to {model.blocks - 1})
           <input
             type="range"
             min={0}
             max={model.blocks - 1}
             value={layer}
-            aria-valuetext={`layer ${layer + 1}`}
+            aria-valuetext={`layer ${layer}`}
             onChange={(event) => dispatch({ do: "layer", layer: Number(event.target.value) })}
           />
         </label>
         <label>
-          Head
+          Head (0 to {model.heads - 1})
           <select
             value={head}
             onChange={(event) => dispatch({ do: "head", head: Number(event.target.value) })}
           >
             {Array.from({ length: model.heads }, (_, i) => (
               <option key={i} value={i}>
-                {i + 1} of {model.heads}
+                {i}
               </option>
             ))}
           </select>
@@ -120,10 +120,11 @@ export function AttentionMap(props: {
             <Reading
               heads={value.answer}
               map={map.value?.answer ?? null}
+              from={value.from}
               look={look}
               onSelect={(key) => dispatch({ do: "select", index: value.from + key })}
             />
-            <h3>All heads of layer {layer + 1}</h3>
+            <h3>All heads of layer {layer}</h3>
             <HeadBars
               answer={value.answer}
               look={look}
@@ -132,7 +133,7 @@ export function AttentionMap(props: {
           </>
         )}
       </Waiting>
-      <h3>Head {head + 1}, token by token</h3>
+      <h3>Head {head}, token by token</h3>
       <Waiting of={map} what="The map is drawn…">
         {(value) => (
           <AttentionGrid
@@ -151,6 +152,8 @@ export function AttentionMap(props: {
 function Reading(props: {
   heads: Attention;
   map: Attention | null;
+  /** The place in the text of the first token that is read. */
+  from: number;
   look: Look;
   onSelect: (key: number) => void;
 }) {
@@ -164,7 +167,7 @@ function Reading(props: {
   const row = rowOf(look.measure);
   const add = look.measure !== "scores";
   const washes = strengths(row, add, look.skipFirst);
-  const top = strongest(row, 8, look.skipFirst);
+  const top = strongest(row, 8, look.skipFirst && query > 0);
   const piece = heads.tokens[query];
 
   const box = useRef<HTMLDivElement>(null);
@@ -205,22 +208,29 @@ function Reading(props: {
       </div>
       {piece !== undefined && (
         <p className="ms-note">
-          <q>{label(piece)}</q> looks at{" "}
-          {top.slice(0, 4).map(({ key, value }, i) => (
-            <span key={key}>
-              {i > 0 && ", "}
-              <b>{label(heads.tokens[key] ?? { text: "" })}</b>{" "}
-              {add ? percent(value) : figure(value)}
-            </span>
-          ))}
-          .
+          <q>{label(piece)}</q>{" "}
+          {query === 0 ? (
+            "is the first token that is read: it can look at itself only."
+          ) : (
+            <>
+              looks at{" "}
+              {top.slice(0, 4).map(({ key, value }, i) => (
+                <span key={key}>
+                  {i > 0 && ", "}
+                  <b>{label(heads.tokens[key] ?? { text: "" })}</b>{" "}
+                  {add ? percent(value) : figure(value)}
+                </span>
+              ))}
+              .
+            </>
+          )}
         </p>
       )}
       <details className="ms-details">
         <summary>As a table</summary>
         <table className="ms-table">
           <caption className="ms-hidden">
-            What {piece === undefined ? "the token" : label(piece)} looks at, head {look.head + 1}
+            What {piece === undefined ? "the token" : label(piece)} looks at, head {look.head}
           </caption>
           <thead>
             <tr>
@@ -240,7 +250,7 @@ function Reading(props: {
             {top.map(({ key }) => (
               <tr key={key}>
                 <th scope="row">
-                  {label(heads.tokens[key] ?? { text: "" })} <small>{key + 1}</small>
+                  {label(heads.tokens[key] ?? { text: "" })} <small>{props.from + key + 1}</small>
                 </th>
                 <td className="ms-number">{figure(rowOf("scores")[key] ?? 0)}</td>
                 <td className="ms-number">{percent(rowOf("weights")[key] ?? 0)}</td>

@@ -24,7 +24,7 @@ export function HeadBars(props: { answer: Attention; look: Look; onHead: (head: 
             aria-pressed={head === look.head}
             onClick={() => props.onHead(head)}
           >
-            <span className="ms-head-name">head {head + 1}</span>
+            <span className="ms-head-name">head {head}</span>
             <svg
               viewBox={`0 0 ${cols.length} ${HEIGHT}`}
               preserveAspectRatio="none"

@@ -64,7 +64,7 @@ function Table(props: {
           <tbody>
             {rows.map((row) => (
               <tr key={row.layer}>
-                <th scope="row">layer {row.layer + 1}</th>
+                <th scope="row">layer {row.layer}</th>
                 {columns.map(({ token, at }) => {
                   const guess = row.lens[at - 1];
                   if (guess === undefined) return <td key={at} />;

@@ -8,11 +8,15 @@ import {
   readTokens,
   type ModelFacts,
 } from "../../api/inspect";
+import { readTree } from "../../api/routes";
 import type { Session } from "../../api/types";
 import {
+  exampleIt,
+  firstHead,
   firstLook,
   firstSurprise,
   look,
+  NOUN_HEAD,
   pathTokens,
   penalties,
   seenTokens,
@@ -20,6 +24,7 @@ import {
   type SeenToken,
   type View,
 } from "../../state/inspect";
+import { pathTo } from "../../state/tree";
 import { useChatState } from "../context";
 import { Alternatives } from "./Alternatives";
 import { AttentionMap } from "./AttentionMap";
@@ -49,6 +54,16 @@ const VIEWS: readonly { name: View; title: string }[] = [
   { name: "shapes", title: "Shapes" },
 ];
 
+/** Why there is nothing to look at. */
+const NOTHING = {
+  running: "The answer is still being written. It is shown here when it has ended.",
+  elsewhere:
+    "This answer lies on another branch than the one that is shown. Choose its branch in the text, " +
+    "then open its tokens.",
+  unknown: "There is no such turn in this conversation.",
+  empty: "There are no tokens of this turn to look at.",
+} as const;
+
 interface Specimen {
   session: Session;
   ids: number[];
@@ -61,12 +76,25 @@ interface Specimen {
 export function Microscope(props: MicroscopeProps) {
   const heading = useId();
   const { sessionId, turnId } = props;
-  const specimen = useLoaded<Specimen | null>(
-    `${sessionId} ${turnId}`,
+  // The chat knows when an answer ends and when another branch is shown: then it is read again.
+  const status = useChatState(({ open }) => open?.turns[turnId]?.status);
+  const onPath = useChatState(
+    ({ open }) =>
+      open !== null && pathTo(open.turns, open.session.head).some(({ id }) => id === turnId),
+  );
+  const specimen = useLoaded<Specimen | keyof typeof NOTHING>(
+    `${sessionId} ${turnId} ${status} ${onPath}`,
     async (signal) => {
       const session = await readTokens(sessionId, signal);
       const path = pathTokens(session.turns, turnId);
-      if (path === null || path.ids.length === 0) return null;
+      if (path === null) {
+        if (session.turns.some(({ id }) => id === turnId)) return "running";
+        const { turns } = await readTree(sessionId);
+        const turn = turns.find(({ id }) => id === turnId);
+        if (turn === undefined) return "unknown";
+        return turn.status === "running" ? "running" : "elsewhere";
+      }
+      if (path.ids.length === 0) return "empty";
       const from = Math.max(0, path.ids.length - FORWARD_TOKENS);
       const [answer, model] = await Promise.all([
         forward(path.ids.slice(from), [], signal),
@@ -91,11 +119,8 @@ export function Microscope(props: MicroscopeProps) {
       </p>
       <Waiting of={specimen} what="The model reads the answer again…">
         {(value) =>
-          value === null ? (
-            <p className="ms-note">
-              There is nothing to look at yet: the answer is still being written, or lies on another
-              branch than the one that is shown.
-            </p>
+          typeof value === "string" ? (
+            <p className="ms-note">{NOTHING[value]}</p>
           ) : (
             <Slide key={turnId} specimen={value} turnId={turnId} onForked={props.onForked} />
           )
@@ -118,13 +143,14 @@ function Slide(props: {
   const [prompt, setPrompt] = useState(start <= 120);
   const [state, dispatch] = useReducer(look, null, () => ({
     ...firstLook(firstSurprise(tokens, Math.min(start, ids.length - 1))),
-    layer: Math.floor(model.blocks / 3),
+    ...firstHead(model),
   }));
   const shown = useMemo(
     () => (prompt ? tokens : tokens.filter((token) => token.answer)),
     [prompt, tokens],
   );
   const seen = summary(tokens);
+  const it = useMemo(() => exampleIt(tokens), [tokens]);
   const from = tokens[0]?.index ?? 0;
   const token = tokens[state.selected - from];
   const select = (index: number) => dispatch({ do: "select", index });
@@ -199,7 +225,30 @@ function Slide(props: {
             </>
           )}
           {state.view === "attention" && (
-            <AttentionMap ids={ids} model={model} look={state} dispatch={dispatch} />
+            <>
+              {it !== null && (
+                <p className="ms-row">
+                  <button
+                    type="button"
+                    className="button"
+                    onClick={() => {
+                      const { layer, head } = firstHead(model);
+                      select(it);
+                      dispatch({ do: "layer", layer });
+                      dispatch({ do: "head", head });
+                    }}
+                  >
+                    Look from “it”
+                  </button>
+                  {model.model === NOUN_HEAD.model && (
+                    <span className="ms-note">
+                      Layer {NOUN_HEAD.layer}, head {NOUN_HEAD.head} finds “cat” from there.
+                    </span>
+                  )}
+                </p>
+              )}
+              <AttentionMap ids={ids} model={model} look={state} dispatch={dispatch} />
+            </>
           )}
           {state.view === "lens" && (
             <LogitLens ids={ids} selected={state.selected} model={model} onSelect={select} />

@@ -79,7 +79,7 @@ function Chart(props: { layers: readonly Layer[]; blocks: number; at: number }) 
               y={HEIGHT - 8}
               textAnchor="middle"
             >
-              {layer.layer + 1}
+              {layer.layer}
             </text>
           ) : null,
         )}
@@ -108,7 +108,7 @@ function Chart(props: { layers: readonly Layer[]; blocks: number; at: number }) 
           <tbody>
             {layers.map((layer) => (
               <tr key={layer.layer}>
-                <th scope="row">{layer.layer + 1}</th>
+                <th scope="row">{layer.layer}</th>
                 {SERIES.map(({ name }) => (
                   <td key={name} className="ms-number">
                     {figure(value(layer, name))}
