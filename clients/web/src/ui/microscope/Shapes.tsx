@@ -1,3 +1,5 @@
+import { useEffect, useRef } from "react";
+
 import { LAYERS_TOKENS, type ModelFacts } from "../../api/inspect";
 import { CutNote } from "./CutNote";
 import { Waiting } from "./Waiting";
@@ -6,6 +8,8 @@ import { figure, label, percent, whole } from "./words";
 
 const BEFORE = 2;
 const AFTER = 1;
+/** So much is seen beyond the chosen column, in pixels. */
+const MARGIN = 24;
 
 /** The model from the ids to the next token: one column a token, one row a step. */
 export function Shapes(props: {
@@ -55,7 +59,7 @@ function Columns(props: {
       shape: shape([1, count, model.hidden]),
     },
     {
-      step: `block 1: attention with ${model.heads} heads, queries`,
+      step: `block 0: attention with ${model.heads} heads, queries`,
       cell: () => `${model.heads} × ${model.head_dim}`,
       shape: shape([1, model.heads, count, model.head_dim]),
       block: true,
@@ -73,12 +77,12 @@ function Columns(props: {
       block: true,
     },
     {
-      step: "the stream after block 1: its length",
+      step: "the stream after block 0: its length",
       cell: (at) => length(0, at),
       shape: shape([1, count, model.hidden]),
     },
     {
-      step: `the same ${model.blocks - 1} times more; after block ${model.blocks}`,
+      step: `the same ${model.blocks - 1} times more; after block ${model.blocks - 1}`,
       cell: (at) => length(model.blocks - 1, at),
       shape: shape([1, count, model.hidden]),
     },
@@ -101,10 +105,22 @@ function Columns(props: {
       shape: shape(answer.shapes.logits),
     },
   ];
+
+  const box = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    const view = box.current;
+    const column = view?.querySelector<HTMLElement>("th[aria-current]");
+    if (!view || !column) return;
+    const [outer, inner] = [view.getBoundingClientRect(), column.getBoundingClientRect()];
+    // Only the table scrolls: scrollIntoView would move the page under the reader.
+    if (inner.left < outer.left || inner.right > outer.right)
+      view.scrollLeft += inner.right - outer.right + MARGIN;
+  }, [here]);
+
   return (
     <>
       <CutNote from={from} limit={LAYERS_TOKENS} />
-      <div className="ms-scroll" tabIndex={0} role="group" aria-label="Shapes, scrollable">
+      <div ref={box} className="ms-scroll" tabIndex={0} role="group" aria-label="Shapes, scrollable">
         <table className="ms-table ms-shapes">
           <caption className="ms-hidden">The steps of the model, by token</caption>
           <thead>
