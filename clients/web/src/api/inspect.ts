@@ -1,6 +1,7 @@
 /** The wire of the glass box: /v1/inspect, and what the microscope needs of sessions. */
 
 import { ApiError, newKey, request, requestJson } from "./client";
+import { changeSession } from "./routes";
 import type { CacheReport, Session, Turn } from "./types";
 
 export interface Piece {
@@ -102,6 +103,17 @@ export const forward = (ids: number[], layers: number[], signal?: AbortSignal) =
     signal,
   );
 
+/** What each of these ids is, its bytes too. */
+export const pieces = async (ids: number[], signal?: AbortSignal) =>
+  (
+    await requestJson<Forward>(
+      "POST",
+      "/v1/inspect/forward",
+      { token_ids: ids, top_k: 1 },
+      signal,
+    )
+  ).tokens;
+
 export const attention = (
   ids: number[],
   layer: number,
@@ -155,6 +167,7 @@ export async function forkAt(
   });
   const limit = session.defaults.max_tokens;
   try {
+    await changeSession(fork.id, { title: `${fork.title ?? "Untitled"} (fork)`.slice(0, 1024) });
     const answer = await request(
       "POST",
       `/v1/sessions/${fork.id}/continue`,

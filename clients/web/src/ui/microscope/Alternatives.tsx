@@ -1,8 +1,9 @@
 import { useState } from "react";
 
 import { ApiError } from "../../api/client";
-import type { Alternative } from "../../api/inspect";
+import { pieces, type Alternative } from "../../api/inspect";
 import type { SeenToken } from "../../state/inspect";
+import { useLoaded } from "./loaded";
 import { figure, label, percent, probabilityColour, whole } from "./words";
 
 /** What the model would have said in a token's place, and another way to go on. */
@@ -13,6 +14,14 @@ export function Alternatives(props: {
   const { token } = props;
   const [chosen, setChosen] = useState<number | null>(null);
   const [error, setError] = useState<string | null>(null);
+  // Pieces of a character have no text of their own; they are told apart by their bytes.
+  const halves = token.alternatives.filter(({ text }) => text.includes("\ufffd"));
+  const ids = halves.map(({ id }) => id);
+  const spelled = useLoaded(ids.length === 0 ? null : `pieces ${ids.join(",")}`, (signal) =>
+    pieces(ids, signal),
+  );
+  const named = (alternative: Alternative) =>
+    label(spelled.value?.find(({ id }) => id === alternative.id) ?? alternative, 24);
 
   async function choose(alternative: Alternative) {
     setChosen(alternative.id);
@@ -86,7 +95,7 @@ export function Alternatives(props: {
                 key={alternative.id}
                 className={alternative.id === token.id ? "ms-own" : undefined}
               >
-                <th scope="row">{label(alternative, 24)}</th>
+                <th scope="row">{named(alternative)}</th>
                 <td>
                   <Bar prob={alternative.prob} scale={scale} />
                 </td>
@@ -103,7 +112,7 @@ export function Alternatives(props: {
                         onClick={() => void choose(alternative)}
                       >
                         {chosen === alternative.id ? "going on…" : "go on with it"}
-                        <span className="ms-hidden">: {label(alternative, 24)}</span>
+                        <span className="ms-hidden">: {named(alternative)}</span>
                       </button>
                     )
                   )}
