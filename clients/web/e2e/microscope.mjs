@@ -3,7 +3,7 @@
 
 import assert from "node:assert/strict";
 import { assertQuiet, audit, report, shot, url, visit } from "./browser.mjs";
-import { api, composer, ended } from "./talk.mjs";
+import { api, composer, ended, imported, open, say, writing } from "./talk.mjs";
 
 const label = (text) => text.replace(/\n/g, "⏎").replace(/ /g, "·");
 const shortened = (text, length) => {
@@ -73,6 +73,9 @@ await visit({ viewport: { width: 1400, height: 950 } }, async (page, seen) => {
   await norms(page);
   await shapes(page);
   await fork(page);
+  await nothing(page);
+  await halves(page);
+  await longText(page);
   await cache(page);
   await comparison(page);
   assertQuiet(seen);
@@ -161,9 +164,10 @@ async function attention(page) {
   const it = forward.tokens.findIndex(({ text }) => text === " it");
   await token(page, it).click();
   await settled(page);
+  if (model.model === "smollm2-135m") await example(page, it);
   await page.getByRole("combobox", { name: "Head" }).selectOption("2");
   await page.getByRole("slider").fill("4");
-  await page.getByText("All heads of layer 5").waitFor();
+  await page.getByText("All heads of layer 4").waitFor();
   await settled(page);
   const told = await api("POST", "/v1/inspect/attention", {
     token_ids: ids,
@@ -204,6 +208,21 @@ async function attention(page) {
   );
   await audit(page, "attention");
   await shot(page, "microscope-attention");
+}
+
+/** The view opens on the head that the first screen's example is about. */
+async function example(page, it) {
+  await page.getByText("All heads of layer 9").waitFor();
+  assert.equal(await page.getByRole("combobox", { name: "Head" }).inputValue(), "4");
+  const sentence = page.locator(".ms-reading + .ms-note");
+  assert.match(await sentence.textContent(), /·it looks at ·cat/);
+  await token(page, 0).click();
+  await page.getByText("it can look at itself only").waitFor();
+  await page.getByRole("button", { name: "Look from “it”" }).click();
+  await page.waitForFunction(() =>
+    document.querySelector(".ms-reading + .ms-note").textContent.includes("·it looks at ·cat"),
+  );
+  assert.equal(await token(page, it).getAttribute("aria-selected"), "true");
 }
 
 /** The last layer's word is the model's. */
@@ -249,6 +268,19 @@ async function shapes(page) {
     const shape = `[${axes.map((axis) => axis.toLocaleString("en-US")).join(", ")}]`;
     assert.ok(table.includes(shape), `${shape} is not there`);
   }
+  for (const width of [1360, 360]) {
+    await page.setViewportSize({ width, height: 950 });
+    await tab(page, "Norms");
+    await tab(page, "Shapes");
+    await settled(page);
+    const hidden = await page.locator(".ms-shapes thead [aria-current]").evaluate((column) => {
+      const view = column.closest(".ms-scroll").getBoundingClientRect();
+      const { left, right } = column.getBoundingClientRect();
+      return left < view.left - 1 || right > view.right + 1;
+    });
+    assert.ok(!hidden, `the chosen column is not in view, ${width} px wide`);
+  }
+  await page.setViewportSize({ width: 1400, height: 950 });
   await audit(page, "the shapes");
   await shot(page, "microscope-shapes");
 }
@@ -277,11 +309,76 @@ async function fork(page) {
   await shot(page, "microscope-forked");
 
   const there = await api("GET", `/v1/sessions/${forked}?include=token_ids`);
+  assert.equal(there.title, "Sarah and the cat (fork)");
   const made = there.turns.at(-1).token_ids;
   assert.deepEqual(made.slice(0, at + 1), [...answer.token_ids.slice(0, at), other.id]);
   assert.ok(made.length > at + 1, "it went on");
   const untouched = await api("GET", `/v1/sessions/${id}?include=token_ids`);
   assert.deepEqual(untouched.turns.at(-1).token_ids, answer.token_ids);
+}
+
+/** Where there is nothing to look at, the page says why, and looks when there is. */
+async function nothing(page) {
+  await page.goto(`${url}/s/${id}?turn=turn_${"0".repeat(32)}`);
+  await page.getByText("There is no such turn in this conversation.").waitFor();
+
+  const other = await api("POST", `/v1/sessions/${id}/regenerate`, {
+    turn: answer.id,
+    max_tokens: 10,
+  });
+  await page.goto(address);
+  await page.getByText("lies on another branch").waitFor();
+  await page.goto(`${url}/s/${id}?turn=${other.id}`);
+  await strip(page).waitFor();
+  await api("PATCH", `/v1/sessions/${id}`, { head: answer.id });
+
+  const { id: talk } = await api("POST", "/v1/sessions", {
+    defaults: { max_tokens: 150, ignore_eos: true },
+  });
+  await open(page, talk);
+  await say(page, "Tell me of a river.");
+  await writing(page);
+  const { turns } = await api("GET", `/v1/sessions/${talk}`);
+  await page.goto(`${url}/s/${talk}?turn=${turns.at(-1).id}`);
+  await page.getByText("still being written").waitFor();
+  await strip(page).waitFor({ timeout: 60_000 });
+}
+
+/** Pieces of a character are told apart by their bytes, among the candidates too. */
+async function halves(page) {
+  const talk = await imported("Faces", ["Smile.", "I am happy 😀😃"]);
+  const { turns } = await api("GET", `/v1/sessions/${talk}`);
+  await page.goto(`${url}/s/${talk}?turn=${turns.at(-1).id}`);
+  await strip(page).focus();
+  await page.keyboard.press("End");
+  await page.waitForFunction(() => {
+    const shown = [...document.querySelectorAll(".ms-bars tbody th")].map((th) => th.textContent);
+    return shown.some((name) => name.startsWith("⟨")) && !shown.some((name) => name.includes("�"));
+  });
+  const shown = await page.locator(".ms-bars tbody th").allTextContents();
+  assert.equal(new Set(shown).size, shown.length, shown.join(" "));
+}
+
+/** Of a long text a part is read; the table's places are those in all of it. */
+async function longText(page) {
+  const words = Array.from({ length: 210 }, (_, i) => `${i % 7} ${"abcdefghijk"[i % 11]}`);
+  const talk = await imported("Long", ["Count.", words.join(" ")]);
+  const { turns } = await api("GET", `/v1/sessions/${talk}?include=token_ids`);
+  await page.goto(`${url}/s/${talk}?turn=${turns.at(-1).id}`);
+  await strip(page).waitFor({ timeout: 60_000 });
+  await strip(page).focus();
+  await page.keyboard.press("End");
+  await tab(page, "Attention");
+  await page.locator(".ms-details summary").click();
+  const count = turns.flatMap((turn) => [...turn.prompt_token_ids, ...turn.token_ids]).length;
+  const places = await page.locator(".ms-details tbody th small").allTextContents();
+  assert.ok(count > 600 && places.length > 0, `${count} tokens, ${places.length} rows`);
+  for (const row of await page.locator(".ms-details tbody th").all()) {
+    const place = Number(await row.locator("small").textContent());
+    assert.ok(place > count - 512 && place <= count, `${place} of ${count}`);
+    const spelled = await token(page, place - 1).textContent();
+    assert.equal(await row.textContent(), `${label(spelled)} ${place}`);
+  }
 }
 
 async function cache(page) {
@@ -296,6 +393,10 @@ async function cache(page) {
   await page.locator(".ms-words").waitFor();
   assert.equal(await page.locator(".ms-words").textContent(), text);
   assert.match(await page.locator(".ms-reuse + table").textContent(), /computed/);
+  assert.match(
+    await page.locator(".ms").textContent(),
+    new RegExp(`${model.head_dim} numbers × 2 bytes`),
+  );
   await audit(page, "the cache");
   await shot(page, "microscope-cache");
 }
