@@ -10,6 +10,7 @@ import { FirstScreen } from "./FirstScreen";
 import { Help } from "./Help";
 import { IconButton } from "./Icon";
 import { keepSignedIn, keptDraft, keptSignedIn } from "./kept";
+import { isComposing } from "./keys";
 import { Notices } from "./Notices";
 import { Parameters } from "./Parameters";
 import { go, placeOf, usePlace, type Place } from "./place";
@@ -108,7 +109,7 @@ function Page({ keyed }: { keyed: boolean }) {
   useEffect(() => {
     // Focus moves before the handler returns: the next key may be struck already.
     const onKey = (event: KeyboardEvent) => {
-      if (document.querySelector("dialog[open]") !== null) return;
+      if (isComposing(event) || document.querySelector("dialog[open]") !== null) return;
       const control = event.ctrlKey || event.metaKey;
       const key = event.key.toLowerCase();
       if (control && key === "k") {

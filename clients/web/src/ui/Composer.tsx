@@ -2,6 +2,7 @@ import { useEffect, useLayoutEffect, useRef, useState } from "react";
 import { useChat, useChatState } from "./context";
 import { ContextMeter } from "./ContextMeter";
 import { Icon } from "./Icon";
+import { isComposing } from "./keys";
 import { keepWords, keptWords } from "./kept";
 
 /** Where one writes. What is half written is kept, for each session. */
@@ -51,7 +52,7 @@ export function Composer(props: { session: string | null; onEditLast: () => void
           value={words}
           onChange={(event) => setWords(event.target.value)}
           onKeyDown={(event) => {
-            if (event.nativeEvent.isComposing) return;
+            if (isComposing(event.nativeEvent)) return;
             if (event.key === "Enter" && !event.shiftKey) {
               event.preventDefault();
               send();

@@ -4,6 +4,7 @@ import { textOf } from "../../state/tree";
 import { useChat, useChatState } from "../context";
 import { CopyButton } from "../CopyButton";
 import { IconButton } from "../Icon";
+import { isComposing } from "../keys";
 import { Branches } from "./Branches";
 
 interface Props {
@@ -90,7 +91,7 @@ function Edit(props: { text: string; onCancel: () => void; onSend: (text: string
         value={words}
         onChange={(event) => setWords(event.target.value)}
         onKeyDown={(event) => {
-          if (event.nativeEvent.isComposing) return;
+          if (isComposing(event.nativeEvent)) return;
           if (event.key === "Enter" && !event.shiftKey) {
             event.preventDefault();
             send();
