@@ -8,7 +8,7 @@ import { IconButton } from "../Icon";
 import { go } from "../place";
 import { Markdown } from "../prose/Markdown";
 import { Branches } from "./Branches";
-import { EndedMargin, LiveMargin } from "./Margin";
+import { EndedMargin, LiveMargin, SendingMargin } from "./Margin";
 
 interface Props {
   turn: Turn;
@@ -100,6 +100,20 @@ export function LiveTurn() {
       </div>
       <aside className="turn-margin" aria-label="About this answer">
         <LiveMargin live={live} />
+      </aside>
+    </article>
+  );
+}
+
+/** The answer that was asked for, until the server has taken the question. */
+export function SendingTurn() {
+  return (
+    <article className="turn turn-answer" aria-label="Answer" aria-busy="true">
+      <div className="turn-body" data-phase="sending">
+        <p className="waiting" aria-hidden="true" />
+      </div>
+      <aside className="turn-margin" aria-label="About this answer">
+        <SendingMargin />
       </aside>
     </article>
   );

@@ -20,6 +20,16 @@ export function LiveMargin({ live }: { live: Live }) {
   );
 }
 
+/** Beside an answer that was asked for. */
+export function SendingMargin() {
+  const waited = useSeconds(true);
+  return (
+    <dl className="margin-list">
+      <Row name="now" value={`sending${waited > 2 ? ` ${waited} s` : ""}`} />
+    </dl>
+  );
+}
+
 /** The instruments beside an answer that has ended. */
 export function EndedMargin({ turn, facts }: { turn: Turn; facts: Facts | undefined }) {
   const details = facts?.usage.prompt_tokens_details;

@@ -6,7 +6,7 @@ import { childrenOf, pathTo, textOf } from "../../state/tree";
 import { useChat, useChatState } from "../context";
 import { IconButton } from "../Icon";
 import { go } from "../place";
-import { AnswerTurn, LiveTurn } from "./AnswerTurn";
+import { AnswerTurn, LiveTurn, SendingTurn } from "./AnswerTurn";
 import { PendingTrouble } from "./PendingTrouble";
 import { SaidTurn, UserTurn } from "./UserTurn";
 
@@ -14,6 +14,7 @@ type Row =
   | { kind: "turn"; turn: Turn }
   | { kind: "said"; text: string }
   | { kind: "live" }
+  | { kind: "sending" }
   | { kind: "trouble" };
 
 /** How near to the end, in pixels, counts as being there: the page then follows what is written. */
@@ -47,7 +48,8 @@ export function Transcript({ editing, onEdit }: Props) {
       .map((turn) => ({ kind: "turn", turn }));
     if (pending?.text != null) rows.push({ kind: "said", text: pending.text });
     if (generation !== null) rows.push({ kind: "live" });
-    else if (pending?.error != null) rows.push({ kind: "trouble" });
+    else if (pending !== null)
+      rows.push({ kind: pending.error === null ? "sending" : "trouble" });
     return rows;
   }, [open, pending, generation, liveId]);
 
@@ -94,6 +96,8 @@ export function Transcript({ editing, onEdit }: Props) {
         return <SaidTurn text={row.text} />;
       case "live":
         return <LiveTurn />;
+      case "sending":
+        return <SendingTurn />;
       case "trouble":
         return pending?.error == null ? null : <PendingTrouble trouble={pending.error} />;
       case "turn": {
