@@ -47,7 +47,8 @@ export const changeSession = (
 /** `keepalive`: also when the page is being closed. */
 export const deleteSession = (id: string, keepalive = false) =>
   request("DELETE", session(id), undefined, { keepalive });
-export const cancelAnswer = (id: string) => requestJson("POST", `${session(id)}/cancel`);
+export const cancelAnswer = (id: string, signal: AbortSignal) =>
+  requestJson("POST", `${session(id)}/cancel`, undefined, signal);
 export const forkSession = (id: string, at: string) =>
   requestJson<Session>("POST", `${session(id)}/fork`, { at });
 export const importSession = (transcript: unknown) =>

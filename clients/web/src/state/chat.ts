@@ -4,7 +4,7 @@ import { ApiError, newKey } from "../api/client";
 import * as routes from "../api/routes";
 import type { Sampling } from "../api/types";
 import { Follower } from "./follower";
-import { newLive } from "./live";
+import { newLive, type Live } from "./live";
 import { reduce } from "./reducer";
 import { SessionList } from "./sessions";
 import { emptyState, type Action, type Draft, type Pending, type State } from "./state";
@@ -13,6 +13,7 @@ import { childrenOf, newestLeaf, textOf } from "./tree";
 import { Troubles } from "./troubles";
 
 const MAX_TRIES = 6;
+const STOP_MS = 10_000;
 
 export class Chat {
   readonly store: Store<State, Action>;
@@ -162,18 +163,15 @@ export class Chat {
 
   async stop(): Promise<void> {
     const { live, pending, open } = this.store.get();
-    if (live !== null) {
-      this.store.dispatch({ type: "phase", generation: live.generation, phase: "stopping" });
-    } else if (pending !== null) {
-      this.dropPending(); // the server may have taken it already
-    }
-    const session = live?.session ?? open?.session.id;
+    if (live !== null) return this.#cancel(live);
+    if (pending !== null) this.dropPending(); // the server may have taken it already
+    const session = open?.session.id;
     if (session === undefined) return;
-    await routes.cancelAnswer(session).catch((error: unknown) => {
-      // Nothing runs: it ended by itself, or was never begun.
+    await routes.cancelAnswer(session, AbortSignal.timeout(STOP_MS)).catch((error: unknown) => {
+      // Nothing runs: it was never begun.
       if (!(error instanceof ApiError && error.status === 409)) this.troubles.tell(error);
     });
-    if (live === null) await this.reload(session);
+    await this.reload(session);
   }
 
   /** Show the branch that goes through `turn`, up to its newest end. */
@@ -235,6 +233,22 @@ export class Chat {
     } catch (error) {
       if (sending.signal.aborted || this.troubles.isShutOut(error)) return;
       this.#failed(pending, error);
+    }
+  }
+
+  async #cancel({ session, generation, phase: before }: Live): Promise<void> {
+    this.store.dispatch({ type: "phase", generation, phase: "stopping" });
+    try {
+      await routes.cancelAnswer(session, AbortSignal.timeout(STOP_MS));
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 409) return; // it ended by itself
+      if (this.troubles.isShutOut(error)) return;
+      const { live } = this.store.get();
+      if (live?.generation !== generation) return;
+      this.troubles.notice("The answer could not be stopped. It goes on; try again.", "error");
+      if (live.phase !== "stopping") return;
+      const phase = live.tokens > 0 ? "streaming" : before;
+      this.store.dispatch({ type: "phase", generation, phase });
     }
   }
 
