@@ -34,6 +34,12 @@ def test_answers_survive_reloads_lost_lines_and_the_engines_death(
 
 
 @pytest.mark.timeout(180)
+def test_what_one_has_written_is_not_lost(browse: Browse, server: Server) -> None:
+    """Refused, stopped on its way, left alone, and with another window in the same session."""
+    browse("words", server, seconds=170)
+
+
+@pytest.mark.timeout(180)
 def test_by_keyboard_on_a_phone_and_in_the_dark(browse: Browse, server: Server) -> None:
     browse("looks", server, seconds=170)
 

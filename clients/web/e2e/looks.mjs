@@ -123,7 +123,7 @@ await visit({ viewport: wide }, async (page, seen) => {
   await audit(page, "a full context");
   await say(page, "and more ".repeat(100));
   await page.getByRole("alert").getByText("The context is full.").waitFor();
-  await page.getByRole("button", { name: "Give up" }).click();
+  await page.getByRole("button", { name: "Edit", exact: true }).click();
   await page.getByRole("alert").waitFor({ state: "detached" });
 
   // The server refuses for now: said with the reason, tried again by itself.

@@ -43,10 +43,32 @@ await visit({}, async (page, seen, context) => {
   await page.locator("#composer").waitFor();
   assert.equal(await field.count(), 0, "it asks again after a reload");
 
+  // The sign-in ends while one writes: the words are there once one has signed in again.
+  const composer = page.locator("#composer");
+  await page.locator("[aria-label=Send]").waitFor();
+  await context.clearCookies();
+  await composer.fill("And why do lakes not?");
+  await composer.press("Enter");
+  await field.fill(key);
+  await page.keyboard.press("Enter");
+  await composer.waitFor();
+  await page.waitForFunction(
+    () => document.getElementById("composer").value === "And why do lakes not?",
+  );
+  await composer.press("Enter");
+  await page.locator(".turn-answer").nth(1).waitFor();
+  await page.locator("[aria-label=Send]").waitFor();
+
+  // Who signs out leaves no words behind.
+  await composer.fill("Half a thought");
+  await page.evaluate(() => localStorage.setItem("headwater.draft", '{"instructions":"Mine."}'));
+  const [fresh] = await context.cookies();
   await page.getByRole("button", { name: "Sign out" }).click();
   await field.waitFor();
+  const left = await page.evaluate(() => Object.keys(localStorage));
+  assert.deepEqual(left.filter((name) => /words|draft/.test(name)), []);
   assert.deepEqual(await context.cookies(), []);
-  await context.addCookies([cookie]); // a copy of it, from before
+  await context.addCookies([fresh]); // a copy of it, from before
   await page.reload();
   await field.waitFor();
   assertQuiet(seen);

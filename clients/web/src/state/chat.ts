@@ -2,7 +2,7 @@
 
 import { ApiError, newKey } from "../api/client";
 import * as routes from "../api/routes";
-import type { Sampling } from "../api/types";
+import type { Sampling, Tree } from "../api/types";
 import { Follower } from "./follower";
 import { newLive, type Live } from "./live";
 import { reduce } from "./reducer";
@@ -11,9 +11,14 @@ import { emptyState, type Action, type Draft, type Pending, type State } from ".
 import { createStore, type Store } from "./store";
 import { childrenOf, newestLeaf, textOf } from "./tree";
 import { Troubles } from "./troubles";
+import { NEW } from "./words";
 
 const MAX_TRIES = 6;
 const STOP_MS = 10_000;
+const TREE_MS = 1000;
+
+/** Where a continued answer stands. */
+type Found = NonNullable<Parameters<typeof newLive>[3]>;
 
 export class Chat {
   readonly store: Store<State, Action>;
@@ -23,10 +28,14 @@ export class Chat {
   #sending: AbortController | null = null;
   #opening: Promise<boolean> = Promise.resolve(true);
   #tries = 0;
+  #continued: { key: string; found: Found } | null = null;
+  readonly #forget: () => Draft;
 
-  constructor(draft: Draft) {
+  /** `forget`: what this browser keeps of whoever signs out goes; how new sessions begin then. */
+  constructor(draft: Draft, forget: () => Draft) {
+    this.#forget = forget;
     this.store = createStore(reduce, emptyState(draft));
-    this.troubles = new Troubles(this.store, () => this.#leave());
+    this.troubles = new Troubles(this.store, () => this.#shutOut());
     this.sessions = new SessionList(
       this.store,
       this.troubles,
@@ -56,8 +65,10 @@ export class Chat {
   }
 
   async signOut(): Promise<void> {
-    await this.troubles.guarded(() => routes.logout());
-    this.close();
+    const left = await this.troubles.guarded(() => routes.logout());
+    if (left === null && this.store.get().door !== "out") return;
+    this.#shutOut();
+    this.store.dispatch({ type: "forgotten", draft: this.#forget() });
     this.store.dispatch({ type: "door", door: "out" });
   }
 
@@ -72,6 +83,7 @@ export class Chat {
       (error: unknown) => {
         if (this.store.get().opening !== id) return true; // another one was asked for
         this.store.dispatch({ type: "closed" });
+        if (this.troubles.isShutOut(error)) return true; // it is opened once one has signed in
         this.troubles.tell(error);
         return false;
       },
@@ -119,8 +131,13 @@ export class Chat {
 
   /** Say something: after the head, or after `parent` (which makes another branch). */
   async send(text: string, parent?: string | null): Promise<void> {
-    if (this.store.get().opening !== null) await this.#opening;
+    const wanted = this.store.get().opening;
+    if (wanted !== null) await this.#opening;
     const { open } = this.store.get();
+    if (wanted !== null && open?.session.id !== wanted) {
+      this.store.dispatch({ type: "putBack", of: wanted, text });
+      return;
+    }
     const request: routes.AnswerRequest =
       parent === undefined
         ? { kind: "turns", input: text }
@@ -138,40 +155,35 @@ export class Chat {
     await this.#ask({ key: newKey(), request, parent, text: null, error: null });
   }
 
-  /** Go on with the answer at the head. */
-  async goOn(): Promise<void> {
-    const session = this.store.get().open?.session;
-    const head = session?.head ?? null;
-    const limit = session?.defaults.max_tokens;
+  /** Go on with the answer `turn`, which is the head. */
+  async goOn(turn: string): Promise<void> {
+    const limit = this.store.get().open?.session.defaults.max_tokens;
     const request = {
       kind: "continue",
       ...(limit === undefined ? {} : { max_tokens: limit }),
     } as const;
-    await this.#ask({ key: newKey(), request, parent: head, text: null, error: null });
+    await this.#ask({ key: newKey(), request, parent: turn, text: null, error: null });
   }
 
   /** The same request again; it makes one answer however often it is sent. */
   async retry(): Promise<void> {
-    const pending = this.store.get().pending;
-    if (pending !== null) await this.#ask({ ...pending, error: null }, true);
+    const { pending, open, live } = this.store.get();
+    if (pending === null || (live !== null && pending.error?.code === "session_busy")) return;
+    const { request } = pending;
+    const atHead = request.kind === "turns" && request.parent === undefined;
+    const parent = atHead ? (open?.session.head ?? null) : pending.parent;
+    await this.#ask({ ...pending, parent, error: null }, true);
   }
 
-  dropPending(): void {
-    this.#sending?.abort();
-    this.store.dispatch({ type: "pending", pending: null });
-  }
-
+  /** Take back what was asked for, or stop its answer. An answer beside something that was refused
+   * is another window's: that goes on. */
   async stop(): Promise<void> {
-    const { live, pending, open } = this.store.get();
-    if (live !== null) return this.#cancel(live);
-    if (pending !== null) this.dropPending(); // the server may have taken it already
-    const session = open?.session.id;
-    if (session === undefined) return;
-    await routes.cancelAnswer(session, AbortSignal.timeout(STOP_MS)).catch((error: unknown) => {
-      // Nothing runs: it was never begun.
-      if (!(error instanceof ApiError && error.status === 409)) this.troubles.tell(error);
-    });
-    await this.reload(session);
+    const { live, pending } = this.store.get();
+    if (pending !== null && (live === null || pending.error !== null)) {
+      await this.#takeBack(pending);
+    } else if (live !== null) {
+      await this.#cancel(live);
+    }
   }
 
   /** Show the branch that goes through `turn`, up to its newest end. */
@@ -209,9 +221,13 @@ export class Chat {
     const sending = (this.#sending = new AbortController());
     this.store.dispatch({ type: "pending", pending });
     try {
-      const session = await this.#sessionFor(pending);
-      const head = this.store.get().open?.session.head ?? null;
-      const turn = head === null ? undefined : this.store.get().open?.turns[head];
+      const session = await this.#sessionFor(pending, sending.signal);
+      let found: Found | undefined;
+      if (pending.request.kind === "continue") {
+        const now = await this.#whereItStands(session, pending);
+        if (now === null) return;
+        found = now;
+      }
       const response = await routes.startAnswer(
         session,
         pending.request,
@@ -220,20 +236,72 @@ export class Chat {
       );
       const generation = response.headers.get("x-headwater-generation");
       if (generation === null) throw new Error("The server did not name the answer's stream.");
-      if (this.store.get().open?.session.id !== session) return; // it goes on without a reader
-      const found =
-        pending.request.kind === "continue" && turn !== undefined
-          ? { turn: turn.id, base: textOf(turn), tokens: turn.num_tokens, place: 0 }
-          : undefined;
+      if (this.store.get().pending?.key !== pending.key) {
+        // Another session was opened meanwhile. The answer goes on without a reader.
+        void response.body?.cancel();
+        this.#said(session, pending);
+        void this.reload(session);
+        return;
+      }
       const live = newLive(session, generation, Date.now(), found);
       this.store.dispatch({ type: "live", live });
       this.#follower.follow(generation, response);
-      const tree = await routes.readTree(session);
+      const tree = await this.#treeWith(generation, session);
+      if (tree === null) return;
       this.store.dispatch({ type: "tree", ...tree });
+      // Another window was quicker: what goes on is another answer.
+      if (found !== undefined && tree.head !== found.turn) void this.reload(session);
     } catch (error) {
       if (sending.signal.aborted || this.troubles.isShutOut(error)) return;
-      this.#failed(pending, error);
+      if (this.store.get().pending?.key !== pending.key) return;
+      if (error instanceof ApiError && error.code === "session_busy") await this.#busy(pending);
+      else this.#failed(pending, error);
     }
+  }
+
+  /** The tree in which the live answer stands, however often the line breaks; null where it is no
+   * longer looked at. */
+  async #treeWith(generation: string, session: string): Promise<Tree | null> {
+    for (;;) {
+      try {
+        return await routes.readTree(session);
+      } catch (error) {
+        if (!(error instanceof ApiError && error.status === 0)) throw error;
+      }
+      await new Promise((again) => setTimeout(again, TREE_MS));
+      if (this.store.get().live?.generation !== generation) return null;
+    }
+  }
+
+  /** The answer to be continued, as the server has it now; null where it is not the head. */
+  async #whereItStands(session: string, { key, parent }: Pending): Promise<Found | null> {
+    if (this.#continued?.key === key) return this.#continued.found; // it may be running already
+    const { head, turns } = await routes.readTree(session);
+    const turn = turns.find(({ id }) => id === head);
+    if (this.store.get().pending?.key !== key) return null;
+    if (turn === undefined || turn.id !== parent) {
+      this.store.dispatch({ type: "gaveUp" });
+      this.troubles.notice("This conversation went on in another window. Here it is.", "info");
+      await this.reload(session);
+      return null;
+    }
+    const found = { turn: turn.id, base: textOf(turn), tokens: turn.num_tokens, place: 0 };
+    this.#continued = { key, found };
+    return found;
+  }
+
+  /** Another window's answer runs in the session: show that one. */
+  async #busy(pending: Pending): Promise<void> {
+    const message = "Another window is being answered in this conversation.";
+    if (pending.text === null) {
+      this.store.dispatch({ type: "gaveUp" });
+      this.troubles.notice(message, "info");
+    } else {
+      const error = { message, code: "session_busy", retryAt: null };
+      this.store.dispatch({ type: "pendingFailed", key: pending.key, error });
+    }
+    const session = this.store.get().open?.session.id;
+    if (session !== undefined) await this.reload(session);
   }
 
   async #cancel({ session, generation, phase: before }: Live): Promise<void> {
@@ -252,8 +320,36 @@ export class Chat {
     }
   }
 
+  /** The words come back into the field. Where the server has them already, its answer is stopped
+   * instead. */
+  async #takeBack(pending: Pending): Promise<void> {
+    const { open } = this.store.get();
+    this.#sending?.abort();
+    this.store.dispatch({ type: "gaveUp" });
+    const refused = pending.error !== null && pending.error.code !== "unreachable";
+    if (refused || open === null) return;
+    const session = open.session.id;
+    await this.reload(session);
+    const now = this.store.get();
+    if (now.open?.session.id !== session || now.live === null) return;
+    const taken = Object.values(now.open.turns).some((turn) => {
+      if (pending.request.kind === "continue") return turn.id === now.live?.turn;
+      if (turn.id in open.turns) return false;
+      return pending.text === null ? turn.parent === pending.parent : textOf(turn) === pending.text;
+    });
+    if (!taken) return;
+    this.#said(session, pending);
+    await this.#cancel(now.live);
+  }
+
+  /** The server has it: it is not in the field any more. */
+  #said(session: string, { text }: Pending): void {
+    if (text === null) return;
+    for (const of of [session, NEW]) this.store.dispatch({ type: "said", of, text });
+  }
+
   /** The open session, or a new one for the first thing that is said. */
-  async #sessionFor(pending: Pending): Promise<string> {
+  async #sessionFor(pending: Pending, signal: AbortSignal): Promise<string> {
     const { open, draft } = this.store.get();
     if (open !== null) return open.session.id;
     const session = await routes.createSession(
@@ -265,8 +361,15 @@ export class Chat {
       },
       `${pending.key}-session`,
     );
-    this.store.dispatch({ type: "opened", session, turns: [] });
-    this.store.dispatch({ type: "pending", pending });
+    if (signal.aborted) {
+      void routes.deleteSession(session.id).catch(() => undefined);
+      signal.throwIfAborted();
+    }
+    this.store.dispatch(
+      this.store.get().pending?.key === pending.key
+        ? { type: "opened", session, turns: [], pending }
+        : { type: "session", session },
+    );
     return session.id;
   }
 
@@ -332,9 +435,16 @@ export class Chat {
     if (tokens !== null) this.store.dispatch({ type: "pathTokens", session: id, tokens });
   }
 
+  /** Look at something else. What was sent and what is answered goes on. */
   #leave(): void {
-    this.#sending?.abort();
+    this.#sending = null;
     this.#follower.leave();
+  }
+
+  /** The session is opened anew once one has signed in. */
+  #shutOut(): void {
+    this.#sending?.abort();
+    this.close();
   }
 }
 

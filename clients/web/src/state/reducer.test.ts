@@ -7,6 +7,7 @@ import { isOver, newLive, speedOf, toldLive, type Live, type Told } from "./live
 import { liveTurn, reduce } from "./reducer";
 import { emptyState, type Action, type State } from "./state";
 import { textOf } from "./tree";
+import { unsaid } from "./words";
 
 const told: Told[] = toldIn(
   new SseDecoder().feed(
@@ -199,6 +200,83 @@ describe("what was said", () => {
     expect(state.pending).toMatchObject({ text: "Hello", error });
     const late = after(opened, pending, { type: "pendingFailed", key: "old", error });
     expect(late.pending?.error).toBeNull();
+  });
+});
+
+describe("words that the server has not taken", () => {
+  const pending: Action = {
+    type: "pending",
+    pending: {
+      key: "k",
+      request: { kind: "turns", input: "Hello" },
+      parent: null,
+      text: "Hello",
+      error: null,
+    },
+  };
+  const refused: Action = {
+    type: "pendingFailed",
+    key: "k",
+    error: { message: "full", code: "queue_full", retryAt: null },
+  };
+  const writes = (of: string, text: string | null): Action => ({ type: "words", of, text });
+  const other: Action = { type: "opened", session: session("sess_b"), turns: [] };
+
+  test("are in the field again, before what was written since", () => {
+    const state = after(opened, pending, refused, { type: "gaveUp" });
+    expect(state).toMatchObject({ pending: null, words: { sess_a: "Hello" } });
+    const since = after(opened, pending, refused, writes("sess_a", "more"), { type: "gaveUp" });
+    expect(since.words["sess_a"]).toBe("Hello\nmore");
+  });
+
+  test("stay with their session when another one is opened, or none", () => {
+    for (const first of [[pending], [pending, refused]]) {
+      const elsewhere: Action[] = [{ type: "opening", id: "sess_b" }, other, { type: "closed" }];
+      for (const next of elsewhere) {
+        const state = after(opened, ...first, next);
+        expect(state).toMatchObject({ pending: null, words: { sess_a: "Hello" } });
+      }
+    }
+    expect(after(pending, other).words).toEqual({ new: "Hello" });
+  });
+
+  test("wait on when their session is read again, also beside another window's answer", () => {
+    expect(after(opened, pending, opened).pending?.text).toBe("Hello");
+    const beside = after(opened, pending, refused, live, tree, opened);
+    expect(beside).toMatchObject({ pending: { text: "Hello" }, words: {}, live: null });
+  });
+
+  test("are not put back once its answer is there", () => {
+    for (const next of [opened, other, { type: "closed" } as const]) {
+      expect(after(opened, pending, live, next)).toMatchObject({ pending: null, words: {} });
+    }
+  });
+
+  test("are kept over a reload of the page until the server has them", () => {
+    expect(unsaid(after(opened, pending))).toEqual({ sess_a: "Hello" });
+    expect(unsaid(after(opened, pending, refused))).toEqual({ sess_a: "Hello" });
+    expect(unsaid(after(opened, pending, live))).toEqual({});
+  });
+
+  test("go where their session goes, when it is made for them", () => {
+    const { pending: asked } = after(pending);
+    const fresh = session("sess_a");
+    const made: Action = { type: "opened", session: fresh, turns: [], pending: asked! };
+    const state = after(pending, writes("new", "next"), made);
+    expect(state).toMatchObject({ pending: asked, words: { sess_a: "next", new: "" } });
+  });
+
+  test("are out of the field once the server is known to have them", () => {
+    const said: Action = { type: "said", of: "sess_a", text: "Hello" };
+    expect(after(writes("sess_a", "Hello"), said).words["sess_a"]).toBe("");
+    expect(after(writes("sess_a", "Hello there"), said).words["sess_a"]).toBe("Hello there");
+  });
+
+  test("go with whoever signs out", () => {
+    const draft = { instructions: "", overflow: "error", defaults: {} } as const;
+    const state = after(opened, pending, writes("new", "x"), { type: "forgotten", draft });
+    expect(state).toEqual(emptyState(draft));
+    expect(after(writes("turn_q", "x"), writes("turn_q", null)).words).toEqual({});
   });
 });
 

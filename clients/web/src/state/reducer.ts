@@ -2,8 +2,9 @@
 
 import type { Session, Turn } from "../api/types";
 import { toldLive, type Live } from "./live";
-import type { Action, State } from "./state";
+import { emptyState, type Action, type State } from "./state";
 import { textOf, type Turns } from "./tree";
+import { NEW, putBack, withWords, withWordsBack } from "./words";
 
 export function reduce(state: State, action: Action): State {
   switch (action.type) {
@@ -18,20 +19,11 @@ export function reduce(state: State, action: Action): State {
     case "listed":
       return listed(state, action);
     case "opening":
-      return { ...state, opening: action.id };
+      return { ...withWordsBack(state), opening: action.id };
     case "opened":
-      return {
-        ...state,
-        opening: null,
-        open: { session: action.session, turns: byId(action.turns) },
-        sessions: withSession(state.sessions, action.session),
-        pending: null,
-        live: null,
-        facts: {},
-        pathTokens: null,
-      };
+      return opened(state, action);
     case "closed":
-      return { ...state, opening: null, open: null, pending: null, live: null, pathTokens: null };
+      return { ...withWordsBack(state), opening: null, open: null, live: null, pathTokens: null };
     case "session":
       return {
         ...state,
@@ -45,6 +37,18 @@ export function reduce(state: State, action: Action): State {
       return withTree(state, action);
     case "draft":
       return { ...state, draft: action.draft };
+    case "words":
+      return { ...state, words: withWords(state.words, action.of, action.text) };
+    case "putBack":
+      return { ...state, words: putBack(state.words, action.of, action.text) };
+    case "said":
+      return state.words[action.of] === action.text
+        ? { ...state, words: withWords(state.words, action.of, "") }
+        : state;
+    case "gaveUp":
+      return withWordsBack(state);
+    case "forgotten":
+      return { ...emptyState(action.draft), door: state.door, notices: state.notices };
     case "pending":
       return { ...state, pending: action.pending };
     case "pendingFailed":
@@ -83,6 +87,27 @@ export function reduce(state: State, action: Action): State {
   }
 }
 
+function opened(state: State, action: Extract<Action, { type: "opened" }>): State {
+  const { session, turns } = action;
+  // Read again, the session still has what it refused or was not told yet.
+  const taken = state.live !== null && state.pending?.error === null;
+  const same = state.open?.session.id === session.id && !taken;
+  const kept = same ? state : withWordsBack(state);
+  return {
+    ...kept,
+    ...(action.pending && {
+      pending: action.pending,
+      words: { ...state.words, [session.id]: state.words[NEW] ?? "", [NEW]: "" },
+    }),
+    opening: null,
+    open: { session, turns: byId(turns) },
+    sessions: withSession(state.sessions, session),
+    live: null,
+    facts: {},
+    pathTokens: null,
+  };
+}
+
 function listed(state: State, action: Extract<Action, { type: "listed" }>): State {
   if (action.query !== state.query) return state; // an answer to an earlier question
   const known = action.appended ? state.sessions : [];
@@ -113,7 +138,7 @@ function withTree(state: State, action: Extract<Action, { type: "tree" }>): Stat
   return settled({
     ...state,
     open: { session: { ...open.session, head: action.head }, turns: byId(action.turns) },
-    pending: arrived ? null : pending,
+    pending: arrived && pending?.error === null ? null : pending,
   });
 }
 

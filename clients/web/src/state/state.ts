@@ -4,6 +4,7 @@ import type { AnswerRequest } from "../api/routes";
 import type { ModelCard, Sampling, Session, Turn } from "../api/types";
 import type { Facts, Live, Told } from "./live";
 import type { Turns } from "./tree";
+import type { Words } from "./words";
 
 /** What was asked for and is not in the tree yet. `parent`: the turn that it follows. */
 export interface Pending {
@@ -38,6 +39,8 @@ export interface Draft {
   defaults: Sampling;
 }
 
+export const EMPTY_DRAFT: Draft = { instructions: "", overflow: "error", defaults: {} };
+
 export interface Open {
   session: Session;
   turns: Turns;
@@ -55,6 +58,7 @@ export interface State {
   opening: string | null;
   open: Open | null;
   draft: Draft;
+  words: Words;
   pending: Pending | null;
   live: Live | null;
   /** What is known of the answers that ended while they were looked at, by turn. */
@@ -75,6 +79,7 @@ export const emptyState = (draft: Draft): State => ({
   opening: null,
   open: null,
   draft,
+  words: {},
   pending: null,
   live: null,
   facts: {},
@@ -90,11 +95,17 @@ export type Action =
   | { type: "listed"; query: string; sessions: Session[]; more: boolean; appended: boolean }
   | { type: "query"; query: string }
   | { type: "opening"; id: string | null }
-  | { type: "opened"; session: Session; turns: Turn[] }
+  /** `pending`: what the session was made for. */
+  | { type: "opened"; session: Session; turns: Turn[]; pending?: Pending }
   | { type: "closed" }
   | { type: "session"; session: Session }
   | { type: "tree"; session: string; head: string | null; turns: Turn[] }
   | { type: "draft"; draft: Draft }
+  | { type: "words"; of: string; text: string | null }
+  | { type: "putBack"; of: string; text: string }
+  | { type: "said"; of: string; text: string }
+  | { type: "gaveUp" }
+  | { type: "forgotten"; draft: Draft }
   | { type: "pending"; pending: Pending | null }
   | { type: "pendingFailed"; key: string; error: Trouble }
   | { type: "live"; live: Live }

@@ -2,6 +2,7 @@ import { lazy, Suspense, useEffect, useMemo, useState, useSyncExternalStore } fr
 import { flushSync } from "react-dom";
 import { Chat } from "../state/chat";
 import { pathTo } from "../state/tree";
+import { NEW } from "../state/words";
 import { Announcer } from "./Announcer";
 import { AsCode } from "./AsCode";
 import { Composer } from "./Composer";
@@ -9,7 +10,7 @@ import { ChatContext, useChat, useChatState } from "./context";
 import { FirstScreen } from "./FirstScreen";
 import { Help } from "./Help";
 import { IconButton } from "./Icon";
-import { keepSignedIn, keptDraft, keptSignedIn } from "./kept";
+import { forget, keepSignedIn, keepWords, keptDraft, keptSignedIn, watchWords } from "./kept";
 import { isComposing } from "./keys";
 import { Notices } from "./Notices";
 import { Parameters } from "./Parameters";
@@ -29,12 +30,23 @@ const LIST_MS = 4000;
 const NARROW = "(max-width: 52rem)";
 
 export function App() {
-  const chat = useMemo(() => new Chat(keptDraft()), []);
+  const chat = useMemo(() => new Chat(keptDraft(), forget), []);
   useEffect(() => {
     void chat.enter();
     const leave = () => chat.sessions.leavePage();
     addEventListener("pagehide", leave);
-    return () => removeEventListener("pagehide", leave);
+    const keepNoMore = keepWords(chat.store);
+    const watchNoMore = watchWords((of, text) => {
+      // Two windows may write in the same session; each has its own field then.
+      const shown = placeOf(location).session ?? NEW;
+      if (of !== shown && chat.store.get().words[of] !== undefined)
+        chat.store.dispatch({ type: "words", of, text });
+    });
+    return () => {
+      removeEventListener("pagehide", leave);
+      keepNoMore();
+      watchNoMore();
+    };
   }, [chat]);
   return (
     <ChatContext value={chat}>

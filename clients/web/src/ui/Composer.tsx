@@ -1,9 +1,10 @@
-import { useEffect, useLayoutEffect, useRef, useState } from "react";
+import { useEffect, useLayoutEffect, useRef } from "react";
+import { NEW } from "../state/words";
 import { useChat, useChatState } from "./context";
 import { ContextMeter } from "./ContextMeter";
 import { Icon } from "./Icon";
 import { isComposing } from "./keys";
-import { keepWords, keptWords } from "./kept";
+import { useWords } from "./useWords";
 
 /** Where one writes. What is half written is kept, for each session. */
 export function Composer(props: { session: string | null; onEditLast: () => void }) {
@@ -11,14 +12,13 @@ export function Composer(props: { session: string | null; onEditLast: () => void
   const live = useChatState((state) => state.live !== null);
   const stopping = useChatState((state) => state.live?.phase === "stopping");
   const pending = useChatState((state) => state.pending !== null);
-  const [words, setWords] = useState(() => keptWords(props.session));
+  const [words, setWords] = useWords(props.session ?? NEW);
   const area = useRef<HTMLTextAreaElement>(null);
   const busy = live || pending;
 
   useEffect(() => {
     area.current?.focus({ preventScroll: true });
   }, []);
-  useEffect(() => keepWords(props.session, words), [props.session, words]);
   useLayoutEffect(() => {
     const element = area.current;
     if (element === null) return;
@@ -30,7 +30,6 @@ export function Composer(props: { session: string | null; onEditLast: () => void
     const said = words.trim();
     if (said === "" || busy) return;
     setWords("");
-    keepWords(props.session, "");
     void chat.send(said);
   };
 

@@ -1,7 +1,9 @@
 /** What this browser keeps of its own: the theme, how new sessions begin, what is half written.
  * Never a key. */
 
-import type { Draft } from "../state/state";
+import { EMPTY_DRAFT, type Draft, type State } from "../state/state";
+import type { Store } from "../state/store";
+import { NEW, unsaid, type Words } from "../state/words";
 
 export type Theme = "system" | "light" | "dark";
 
@@ -34,20 +36,56 @@ export function applyTheme(theme: Theme): void {
 }
 
 export function keptDraft(): Draft {
-  const empty: Draft = { instructions: "", overflow: "error", defaults: {} };
   try {
-    return { ...empty, ...(JSON.parse(read("headwater.draft") ?? "{}") as Partial<Draft>) };
+    return { ...EMPTY_DRAFT, ...(JSON.parse(read("headwater.draft") ?? "{}") as Partial<Draft>) };
   } catch {
-    return empty;
+    return EMPTY_DRAFT;
   }
 }
 
 export const keepDraft = (draft: Draft): void => keep("headwater.draft", JSON.stringify(draft));
 
-const wordsKey = (session: string | null) => `headwater.words.${session ?? "new"}`;
-export const keptWords = (session: string | null): string => read(wordsKey(session)) ?? "";
-export const keepWords = (session: string | null, words: string): void =>
-  keep(wordsKey(session), words);
+const WORDS = "headwater.words.";
+/** What is half written in a session, in the next one (null), or as the edit of a turn. */
+export const keptWords = (of: string | null): string => read(WORDS + (of ?? NEW)) ?? "";
+
+/** Keep what is not said yet as it changes. */
+export function keepWords(store: Store<State, unknown>): () => void {
+  let kept: Words = {};
+  return store.subscribe(() => {
+    const words = unsaid(store.get());
+    if (words === kept) return;
+    for (const of of new Set([...Object.keys(kept), ...Object.keys(words)])) {
+      const text = words[of] ?? "";
+      if (text !== (kept[of] ?? "") && text !== keptWords(of)) keep(WORDS + of, text);
+    }
+    kept = words;
+  });
+}
+
+/** What another window has written, as it writes it. */
+export function watchWords(tell: (of: string, text: string) => void): () => void {
+  const onStorage = ({ key }: StorageEvent) => {
+    if (!key?.startsWith(WORDS)) return;
+    const of = key.slice(WORDS.length);
+    tell(of, keptWords(of)); // by now it may be newer than what the event tells
+  };
+  addEventListener("storage", onStorage);
+  return () => removeEventListener("storage", onStorage);
+}
+
+/** What whoever signs out has written here; how new sessions begin then. */
+export function forget(): Draft {
+  try {
+    for (const key of Object.keys(localStorage)) {
+      if (key.startsWith(WORDS)) localStorage.removeItem(key);
+    }
+  } catch {
+    // There is nothing.
+  }
+  keep("headwater.draft", "");
+  return EMPTY_DRAFT;
+}
 
 /** Whether one signed in here; the cookie that says so cannot be read. */
 export const keptSignedIn = (): boolean => read("headwater.signed-in") !== null;

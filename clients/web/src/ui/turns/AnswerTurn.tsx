@@ -40,7 +40,7 @@ export const AnswerTurn = memo(function AnswerTurn({ turn, siblings, atHead, onF
               type="button"
               className="button"
               disabled={busy}
-              onClick={() => void chat.goOn()}
+              onClick={() => void chat.goOn(turn.id)}
             >
               Continue
             </button>

@@ -41,14 +41,18 @@ export function Transcript({ editing, onEdit }: Props) {
 
   const children = useMemo(() => childrenOf(open?.turns ?? {}), [open?.turns]);
   const rows = useMemo(() => {
-    const path = open === null ? [] : pathTo(open.turns, pending?.parent ?? open.session.head);
-    const shown = pending !== null && pending.parent === null ? [] : path;
+    const busy = pending?.error?.code === "session_busy";
+    // What could not be sent stands after the other window's answer.
+    const end = pending === null || busy ? open?.session.head : pending.parent;
+    const shown = open === null ? [] : pathTo(open.turns, end ?? null);
     const rows: Row[] = shown
       .filter((turn) => turn.id !== liveId)
       .map((turn) => ({ kind: "turn", turn }));
-    if (pending?.text != null) rows.push({ kind: "said", text: pending.text });
-    if (generation !== null) rows.push({ kind: "live" });
-    else if (pending !== null)
+    const said: Row[] = pending?.text == null ? [] : [{ kind: "said", text: pending.text }];
+    const answer: Row[] = generation === null ? [] : [{ kind: "live" }];
+    rows.push(...(busy ? [...answer, ...said] : [...said, ...answer]));
+    if (busy) rows.push({ kind: "trouble" });
+    else if (generation === null && pending !== null)
       rows.push({ kind: pending.error === null ? "sending" : "trouble" });
     return rows;
   }, [open, pending, generation, liveId]);
@@ -99,7 +103,9 @@ export function Transcript({ editing, onEdit }: Props) {
       case "sending":
         return <SendingTurn />;
       case "trouble":
-        return pending?.error == null ? null : <PendingTrouble trouble={pending.error} />;
+        return pending?.error == null ? null : (
+          <PendingTrouble trouble={pending.error} words={pending.text !== null} />
+        );
       case "turn": {
         const { turn } = row;
         const siblings = children.get(turn.parent ?? "") ?? NO_SIBLINGS;

@@ -1,10 +1,11 @@
-import { memo, useEffect, useRef, useState } from "react";
+import { memo, useEffect, useRef } from "react";
 import type { Turn } from "../../api/types";
 import { textOf } from "../../state/tree";
 import { useChat, useChatState } from "../context";
 import { CopyButton } from "../CopyButton";
 import { IconButton } from "../Icon";
 import { isComposing } from "../keys";
+import { useWords } from "../useWords";
 import { Branches } from "./Branches";
 
 interface Props {
@@ -27,6 +28,7 @@ export const UserTurn = memo(function UserTurn(props: Props) {
         <h2 className="hidden">{turn.role === "user" ? "You said" : `Said as ${turn.role}`}</h2>
         {editing ? (
           <Edit
+            turn={turn.id}
             text={text}
             onCancel={() => props.onEdit(null)}
             onSend={(words) => {
@@ -73,15 +75,31 @@ export function SaidTurn({ text }: { text: string }) {
   );
 }
 
-function Edit(props: { text: string; onCancel: () => void; onSend: (text: string) => void }) {
-  const [words, setWords] = useState(props.text);
+interface EditProps {
+  turn: string;
+  text: string;
+  onCancel: () => void;
+  onSend: (text: string) => void;
+}
+
+function Edit({ turn, text, onCancel, onSend }: EditProps) {
+  const [words, setWords] = useWords(turn, text);
   const area = useRef<HTMLTextAreaElement>(null);
   useEffect(() => {
+    // Scrolled away and back, it takes no focus from a field that is being written in.
+    const at = document.activeElement;
+    if (at instanceof HTMLTextAreaElement && at.value !== "") return;
     area.current?.focus();
-    area.current?.setSelectionRange(props.text.length, props.text.length);
-  }, [props.text]);
+    area.current?.setSelectionRange(-1, -1);
+  }, []);
+  const cancel = () => {
+    setWords(null);
+    onCancel();
+  };
   const send = () => {
-    if (words.trim() !== "") props.onSend(words);
+    if (words.trim() === "") return;
+    setWords(null);
+    onSend(words);
   };
   return (
     <div className="edit">
@@ -98,13 +116,13 @@ function Edit(props: { text: string; onCancel: () => void; onSend: (text: string
           }
           if (event.key === "Escape") {
             event.stopPropagation();
-            props.onCancel();
+            cancel();
           }
         }}
       />
       <div className="edit-tools">
         <span className="note">The first wording stays, as a branch.</span>
-        <button type="button" className="button button-quiet" onClick={props.onCancel}>
+        <button type="button" className="button button-quiet" onClick={cancel}>
           Cancel
         </button>
         <button type="button" className="button button-primary" onClick={send}>
