@@ -123,6 +123,32 @@ await visit({ viewport: { width: 1360, height: 860 } }, async (page, seen, conte
   await click(page, "Stop");
   await ended(page);
 
+  // Esc just after the server has it: the answer is stopped, and the words are not there twice.
+  const body = (route) => route.request().postData();
+  const headers = { "content-type": "application/json" };
+  await page.route(TURNS, (route) => {
+    void fetch(route.request().url(), { method: "POST", headers, body: body(route) });
+  });
+  await say(page, "Already there.");
+  while ((await api("GET", `/v1/sessions/${first}`)).generating === null);
+  await page.keyboard.press("Escape");
+  await page.locator(".said", { hasText: "Already there." }).waitFor();
+  await ended(page);
+  assert.equal((await stored(first)).status, "interrupted");
+  await field(page, "");
+  await page.unroute(TURNS);
+
+  // The line breaks just after: it is said once, and its answer shown.
+  let broken = 0;
+  await page.route(/\/tree$/, (route) => (broken++ < 2 ? route.abort() : route.continue()));
+  await say(page, "Once.");
+  await writing(page, 20);
+  while (broken < 3) await page.waitForTimeout(50);
+  await click(page, "Stop");
+  await ended(page);
+  assert.deepEqual(await questions(first), ["Please.", "Already there.", "Once."]);
+  await page.unroute(/\/tree$/);
+
   // In the very first message of a session, too.
   await page.keyboard.press("Control+Shift+O");
   await page.route(SESSIONS, (route) => (held = route));
