@@ -10,6 +10,7 @@ from server.errors import InvalidRequest
 from server.store.records import TurnRecord
 from server.text.detokenizer import shown_text
 from server.text.tokenizer import Tokenizer
+from server.turns import drawn_by
 
 
 def copies_of(path: Sequence[TurnRecord]) -> list[TurnRecord]:
@@ -26,6 +27,8 @@ def copies_of(path: Sequence[TurnRecord]) -> list[TurnRecord]:
             notes=dict(turn.notes),
             number=0,
         )
+        if (generation := drawn_by(turn)) is not None:
+            copy.notes["generation"] = generation
         copies.append(copy)
         parent = copy.id
     return copies

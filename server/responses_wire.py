@@ -19,6 +19,7 @@ from server.store.records import TurnRecord
 from server.store.schema import text_of
 from server.text.answer_text import AnswerReader, Markup
 from server.text.tool_calls import call_id
+from server.turns import drawn_by
 
 Event = dict[str, Any]
 ItemStatus = Literal["completed", "incomplete", "in_progress"]
@@ -69,7 +70,7 @@ def turn_items(turn: TurnRecord) -> list[dict[str, Any]]:
     """The items of any turn that has ended."""
     if "response" not in turn.notes:
         return input_items(turn)
-    generation = turn.generation or str(turn.notes.get("generation"))
+    generation = drawn_by(turn) or turn.id  # an old transcript does not tell
     events = ResponseEvents({}, item_bits(turn), generation, markup_of(echo_of(turn)))
     events.feed(text_of(turn.content))
     complete = turn.status == "complete" and turn.finish_reason == "stop"

@@ -41,7 +41,7 @@ from server.text.appended_text import message_of
 from server.text.chat_template import ChatTemplate, TemplateError
 from server.text.history import Extension, drop_oldest, extend, path_token_ids
 from server.text.tokenizer import Tokenizer
-from server.turns import new_answer, new_turns
+from server.turns import drawn_by, keep_response, new_answer, new_turns
 
 OnBusy = Literal["error", "queue", "cancel_previous"]
 MIN_ANSWER_TOKENS = 16  # what an answer of no stated length must have room for before turns go

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from server.cache_report import computed_tokens
@@ -10,6 +11,7 @@ from server.store.records import TurnRecord
 from server.text.history import Extension
 
 MESSAGE_FIELDS = {"role", "content"}  # what else a message has goes into its turn's notes
+_ENDED_NOTES = ("ended_at", "prompt_tokens", "cached_tokens", "usage")
 
 
 def new_turns(
@@ -64,6 +66,34 @@ def new_answer(
         tokenizer=fingerprint,
         notes=notes,
     )
+
+
+def keep_response(turn: TurnRecord) -> None:
+    """Note what a response's answer is before it is gone on with: the response stays that."""
+    if "response" not in turn.notes or "responded" in turn.notes:
+        return
+    turn.notes["responded"] = {
+        "content": turn.content,
+        "token_ids": turn.token_ids,
+        "status": turn.status,
+        "finish_reason": turn.finish_reason,
+        "generation": turn.generation,
+        "notes": {name: turn.notes[name] for name in _ENDED_NOTES if name in turn.notes},
+    }
+    turn.notes["generation"] = drawn_by(turn)
+
+
+def as_responded(turn: TurnRecord) -> TurnRecord:
+    """The turn as its response has it."""
+    if (kept := turn.notes.get("responded")) is None:
+        return turn
+    return replace(turn, **(kept | {"notes": turn.notes | kept["notes"]}))
+
+
+def drawn_by(turn: TurnRecord) -> str | None:
+    """The generation that the turn's calls are named after: of a copy that of the turn it is a copy
+    of, of an answer that was gone on with the first."""
+    return turn.notes.get("generation") or turn.generation
 
 
 def _last(turns: Sequence[TurnRecord]) -> str | None:
