@@ -39,7 +39,14 @@ from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
 from server.store.store import Store
 from server.text.appended_text import message_of
 from server.text.chat_template import ChatTemplate, TemplateError
-from server.text.history import Extension, drop_oldest, extend, path_token_ids
+from server.text.history import (
+    Extension,
+    drop_oldest,
+    dropped_turns,
+    extend,
+    last_replacement,
+    path_token_ids,
+)
 from server.text.tokenizer import Tokenizer
 from server.turns import drawn_by, keep_response, new_answer, new_turns
 
@@ -236,25 +243,26 @@ class Sessions:
 
     async def leave_out(self, session: SessionRecord, path: list[TurnRecord], place: int) -> None:
         """Move the head of a session that is `free` to a copy of its path without the turn at
-        `place`. What came before it stays as it is; what came after it is written anew."""
+        `place`. What came before it stays as it is; what came after it is written anew, but where
+        the turn was dropped from the prompt. What is dropped stays so."""
         before, after = path[:place], path[place + 1 :]
         now = time.time()
         if not after:
             head = before[-1].id if before else None
             await self._store.update_session(session.id, head=head, updated_at=now)
             return
-        messages = [message_of(turn) for turn in after]
-        extension = await self.extend(session, before, messages, None, None)
-        copies = new_turns(session.id, before, messages, extension, self.fingerprint)
+        dropped = dropped_turns(path)
+        if place < dropped:
+            first = last_replacement(path)  # from there on the prompt is what it was
+            copies = await self._anew(session, before, path[place + 1 : first], 0)
+            same = copies_of(path[first:])
+            same[0].parent = copies[-1].id if copies else before[-1].id if before else None
+            same[0].notes["dropped"] = dropped - 1
+            copies += same
+        else:
+            copies = await self._anew(session, before, after, dropped)
         for copy, turn in zip(copies, after, strict=True):
-            copy.content, copy.status = turn.content, turn.status
-            copy.finish_reason, copy.created_at = turn.finish_reason, turn.created_at
-            copy.notes |= {
-                "item": turn.notes.get("item") or turn.id.removeprefix("turn_"),
-                "generation": turn.generation or turn.notes.get("generation"),
-            }
-            if "response" in turn.notes:
-                copy.notes["response"] = turn.notes["response"]
+            copy.notes["item"] = turn.notes.get("item") or turn.id.removeprefix("turn_")
         await self._store.begin(copies, None, head=(session.id, copies[-1].id), updated_at=now)
 
     async def delete(self, owner: Owner, session_id: str) -> None:
@@ -323,6 +331,28 @@ class Sessions:
 
     # -------------------------------------------------------------------------------- details
 
+    async def _anew(
+        self,
+        session: SessionRecord,
+        before: list[TurnRecord],
+        turns: list[TurnRecord],
+        dropped: int,
+    ) -> list[TurnRecord]:
+        """Copies of the turns with tokens that go on from `before`, of which `dropped` are not in
+        the prompt."""
+        if not turns:
+            return []
+        messages = [message_of(turn) for turn in turns]
+        extension = await self.extend(session, before, messages, None, None, dropped=dropped)
+        copies = new_turns(session.id, before, messages, extension, self.fingerprint)
+        for copy, turn in zip(copies, turns, strict=True):
+            copy.content, copy.status = turn.content, turn.status
+            copy.finish_reason, copy.created_at = turn.finish_reason, turn.created_at
+            copy.notes["generation"] = drawn_by(turn)
+            if "response" in turn.notes:
+                copy.notes["response"] = turn.notes["response"]
+        return copies
+
     @contextlib.asynccontextmanager
     async def free(
         self, owner: Owner, session_id: str, on_busy: OnBusy
@@ -384,9 +414,11 @@ class Sessions:
         max_tokens: int | None,
         fingerprint: str | None = None,
         template: ChatTemplate | None = None,
+        dropped: int = 0,
     ) -> Extension:
-        """The tokens of what is new, under the session's rule for what does not fit. Another
-        `fingerprint` is for a rendering that is not the session's own."""
+        """The tokens of what is new, under the session's rule for what does not fit; `dropped`
+        turns are left out anyway. Another `fingerprint` is for a rendering that is not the
+        session's own."""
 
         def tokens(dropped: int) -> Extension:
             return extend(
@@ -402,7 +434,7 @@ class Sessions:
 
         size = sum(len(m["content"]) for m in messages) + 16 * len(path)
         try:
-            extension = await off_loop(size, lambda: tokens(0))
+            extension = await off_loop(size, lambda: tokens(dropped))
             if model is None or session.overflow == "error":
                 return extension
             wanted = max_tokens or MIN_ANSWER_TOKENS
@@ -410,10 +442,10 @@ class Sessions:
                 return extension
             new = len(extension.prompt_token_ids) - len(extension.history) + wanted
             new += len(self._tokenizer.encode(session.instructions or ""))
-            dropped = drop_oldest(path, new, model.max_model_len)
+            oldest = max(dropped, drop_oldest(path, new, model.max_model_len))
             # The sizes that it goes by may be of another rendering: then the first cut that fits.
-            users = [i for i in range(dropped + 1, len(path)) if path[i].role == "user"]
-            cuts = [dropped, *users, len(path)]
+            users = [i for i in range(oldest + 1, len(path)) if path[i].role == "user"]
+            cuts = [oldest, *users, len(path)]
             low, high, middle = 0, len(cuts) - 1, 0
             tried: dict[int, Extension] = {}
             while low < high:

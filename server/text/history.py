@@ -67,10 +67,15 @@ class Extension:
     dropped: int
 
 
+def last_replacement(path: Sequence[TurnRecord]) -> int:
+    """The index of the last turn that replaces what is before it; 0 if there is none."""
+    return max((index for index, turn in enumerate(path) if turn.replaces_history), default=0)
+
+
 def path_token_ids(path: Sequence[TurnRecord]) -> list[int]:
     """All tokens of a path, root first."""
     ids: list[int] = []
-    for turn in path[_last_replacement(path) :]:
+    for turn in path[last_replacement(path) :]:
         ids += turn.prompt_token_ids
         ids += turn.token_ids
     return ids
@@ -78,7 +83,7 @@ def path_token_ids(path: Sequence[TurnRecord]) -> list[int]:
 
 def dropped_turns(path: Sequence[TurnRecord]) -> int:
     """How many turns from the root the path's tokens no longer hold."""
-    return int(path[_last_replacement(path)].notes.get("dropped", 0)) if path else 0
+    return int(path[last_replacement(path)].notes.get("dropped", 0)) if path else 0
 
 
 def drop_oldest(path: Sequence[TurnRecord], num_tokens_needed: int, max_model_len: int) -> int:
@@ -91,7 +96,7 @@ def drop_oldest(path: Sequence[TurnRecord], num_tokens_needed: int, max_model_le
     small enough, nothing is kept. Turns that were rendered anew count by their share of that, which
     is an estimate: the prompt that `extend` makes tells.
     """
-    first, replacement = dropped_turns(path), _last_replacement(path)
+    first, replacement = dropped_turns(path), last_replacement(path)
     if len(path_token_ids(path)) + num_tokens_needed <= max_model_len:
         return first
     sizes = [
@@ -142,7 +147,7 @@ def extend(
     kept = path[dropped:]
     texts = AppendedText(tokenizer, template, instructions, kept, messages, answer)
     reason: Reason | None = None
-    others = {turn.tokenizer for turn in path[_last_replacement(path) :]} - {fingerprint}
+    others = {turn.tokenizer for turn in path[last_replacement(path) :]} - {fingerprint}
     if others:
         model = _model_of(fingerprint)
         reason = "instructions" if {_model_of(other) for other in others} == {model} else "model"
@@ -173,11 +178,6 @@ def extend(
 
 def _model_of(fingerprint: str) -> tuple[str, ...]:
     return tuple(fingerprint.split("-")[:2])
-
-
-def _last_replacement(path: Sequence[TurnRecord]) -> int:
-    """The index of the last turn that replaces what is before it; 0 if there is none."""
-    return max((index for index, turn in enumerate(path) if turn.replaces_history), default=0)
 
 
 def _rewrite(

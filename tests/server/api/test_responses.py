@@ -397,6 +397,51 @@ def test_truncation_drops_the_oldest_turns(http: httpx.Client) -> None:
     assert response.json()["usage"]["input_tokens"] < answer["usage"]["input_tokens"]
 
 
+def conversation(http: httpx.Client) -> str:
+    id: str = http.post("/v1/conversations", json={}).json()["id"]
+    return id
+
+
+def items_of(http: httpx.Client, conversation: str) -> list[Json]:
+    answer = http.get(f"/v1/conversations/{conversation}/items?order=asc&limit=100")
+    items: list[Json] = answer.json()["data"]
+    return items
+
+
+def fork_of(http: httpx.Client, conversation: str) -> str:
+    session = conversation.replace("conv_", "sess_")
+    id: str = http.post(f"/v1/sessions/{session}/fork", json={}).json()["id"]
+    return id.replace("sess_", "conv_")
+
+
+def test_what_was_dropped_stays_so_when_an_item_is_deleted(http: httpx.Client) -> None:
+    first = conversation(http)
+    said: Json = {"max_output_tokens": 4, "ignore_eos": True}
+    body = {"input": PARAGRAPH, "truncation": "auto", **said}
+    for _ in range(8):
+        answer = http.post("/v1/responses", json={**body, "conversation": first})
+        assert answer.status_code == 200, answer.text
+    items = items_of(http, first)
+
+    def input_tokens(conversation: str) -> int:
+        body = {"input": "And?", "conversation": conversation, **said}
+        answer = http.post("/v1/responses", json=body)
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["input_tokens"])
+
+    whole = input_tokens(fork_of(http, first))
+    for place in range(len(items) - 2):
+        fork = fork_of(http, first)
+        before = [item["id"] for item in items_of(http, fork)]
+        assert http.delete(f"/v1/conversations/{fork}/items/{before[place]}").status_code == 200
+        del before[place]
+        assert [item["id"] for item in items_of(http, fork)] == before
+        # The second one too is not in the prompt, or in it and now gone.
+        assert http.delete(f"/v1/conversations/{fork}/items/{before[0]}").status_code == 200
+        tokens = input_tokens(fork)
+        assert tokens == whole if place < 2 else tokens <= whole
+
+
 def test_responses_are_no_listed_sessions(http: httpx.Client) -> None:
     before = http.get("/v1/sessions?limit=100").json()["data"]
     http.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 3})
