@@ -413,7 +413,7 @@ def _new_head(turn: TurnRecord | None, status: GenerationStatus) -> str | None:
     """The turn that a conversation goes on from: a response that came to its end."""
     if turn is None or status != "complete" or "response" not in turn.notes:
         return None
-    return turn.id if turn.notes["response"]["conversation"] is not None else None
+    return turn.id if turn.notes["response"].get("conversation") is not None else None
 
 
 def _write_turn(generation: Generation, event: Done | Failed, block_size: int) -> None:

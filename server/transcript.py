@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,11 +12,15 @@ from model.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
 from server.api.chat import ChatMessage
 from server.api.sampling import MAX_SEED, Stops
 from server.api.session_fields import Defaults, Metadata, Text, Title
+from server.api.tool_fields import MAX_TOOLS
 from server.errors import InvalidRequest
 from server.store.records import SessionRecord, TurnRecord
 from server.store.schema import text_of
+from server.text.answer_text import Markup
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
+from server.text.tool_calls import NAME
+from server.turns import drawn_by
 
 FORMAT, VERSION = "headwater.session", 1
 MAX_TURNS = 10_000
@@ -71,6 +76,28 @@ def _said_beside(value: object) -> dict[str, Any]:
     return value
 
 
+def _read_with(value: object) -> dict[str, Any]:
+    """How a response's answer is read, within the bounds that a request's tools have. Raises
+    ValueError."""
+    try:
+        markup = msgspec.convert(value, Markup)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    if len(markup.tools) > MAX_TOOLS:
+        raise ValueError(f"it must have at most {MAX_TOOLS} tools")
+    if not all(re.fullmatch(NAME, name) for name in markup.tools):
+        raise ValueError("its tools must be names of functions")
+    return msgspec.to_builtins(markup)  # type: ignore[no-any-return]
+
+
+class ResponseNotes(BaseModel):
+    """What makes an answer's text a response's items."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    markup: Annotated[dict[str, Any], BeforeValidator(_read_with)]
+
+
 class Notes(BaseModel):
     """What going on with a turn needs; what its other notes report says nothing elsewhere."""
 
@@ -81,6 +108,8 @@ class Notes(BaseModel):
     model: str | None = Field(default=None, max_length=256)
     dropped: int = Field(default=0, ge=0, le=MAX_TURNS)
     message: Annotated[dict[str, Any], BeforeValidator(_said_beside)] | None = None
+    response: ResponseNotes | None = None
+    generation: str | None = Field(default=None, pattern="^gen_[0-9a-f]{32}$")
 
 
 class TranscriptTurn(BaseModel):
@@ -131,7 +160,10 @@ def exported(record: SessionRecord, turns: list[TurnRecord]) -> dict[str, Any]:
         "session": {name: getattr(record, name) for name in TranscriptSession.model_fields},
         "turns": [
             {name: getattr(turn, name) for name in TranscriptTurn.model_fields}
-            | {"status": "interrupted" if turn.status == "running" else turn.status}
+            | {
+                "status": "interrupted" if turn.status == "running" else turn.status,
+                "notes": turn.notes | ({"generation": drawn} if (drawn := drawn_by(turn)) else {}),
+            }
             for turn in turns
         ],
     }

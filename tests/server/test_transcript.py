@@ -174,6 +174,40 @@ def test_tools_and_grammars_come_back(document: dict[str, Any], tokenizer: Token
             assert after["notes"].get(name) == before["notes"].get(name)
 
 
+MARKUP = {"tools": ("weather",), "parallel": False}
+GENERATION = "gen_" + "0f" * 16
+
+
+def test_the_calls_of_a_response_come_back(tokenizer: Tokenizer) -> None:
+    turns = the_turns(tokenizer)
+    turns[1].notes = {"response": {"markup": MARKUP, "conversation": "conv_0"}}
+    turns[1].generation = GENERATION
+    whole = json.loads(json.dumps(exported(a_session(), turns)))
+    notes = bring_in(whole, tokenizer)[1][1].notes
+    assert notes == {"response": {"markup": MARKUP}, "generation": GENERATION, "stop": []}
+    del whole["turns"][1]["notes"]["generation"]  # as it was written before
+    assert bring_in(whole, tokenizer)[1][1].notes == {"response": {"markup": MARKUP}, "stop": []}
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"response": {}},
+        {"response": {"markup": {"tools": "weather"}}},
+        {"response": {"markup": {"tools": ["a b"]}}},
+        {"response": {"markup": {"tools": ["a"] * 129}}},
+        {"response": {"markup": {"thinking": "perhaps"}}},
+        {"generation": "gen_0"},
+    ],
+)
+def test_how_an_answer_is_read_has_bounds(
+    document: dict[str, Any], tokenizer: Tokenizer, notes: dict[str, Any]
+) -> None:
+    document["turns"][1]["notes"] = notes
+    with pytest.raises(ValidationError):
+        bring_in(document, tokenizer)
+
+
 def test_an_answer_that_was_given_stands_within_the_templates_tokens(
     document: dict[str, Any], tokenizer: Tokenizer
 ) -> None:

@@ -528,6 +528,57 @@ def test_a_tool_is_called_and_answered(wide: OpenAI) -> None:
     assert abs(told.usage.input_tokens - answer.usage.input_tokens) < 8
 
 
+def test_calls_keep_their_ids_in_forks_and_transcripts(wide_server: Server) -> None:
+    with httpx.Client(base_url=wide_server.url, timeout=30) as http:
+        first = conversation(http)
+        given: Any = "Is it warm?"
+        for seed in range(2):
+            body: Json = {
+                "input": given,
+                "conversation": first,
+                "tools": [WEATHER],
+                "tool_choice": "required",
+                "parallel_tool_calls": False,
+                "seed": seed,
+            }
+            call = http.post("/v1/responses", json=body).json()["output"][-1]
+            output = {"type": "function_call_output", "call_id": call["call_id"], "output": "7"}
+            given = [output]
+        http.post(f"/v1/conversations/{first}/items", json={"items": given})
+
+        def told(conversation: str) -> list[Json]:
+            """The items without their ids and those of what they are parts of."""
+            return [
+                {key: value for key, value in item.items() if key != "id"}
+                for item in items_of(http, conversation)
+            ]
+
+        expected = told(first)
+        types = ["message", *["function_call", "function_call_output"] * 2]
+        assert [item["type"] for item in expected] == types
+        assert told(fork_of(http, first)) == expected
+        assert told(fork_of(http, fork_of(http, first))) == expected
+
+        url = f"/v1/sessions/{first.replace('conv_', 'sess_')}/export"
+        for _ in range(2):  # also what was imported is exported whole
+            imported = http.post("/v1/sessions/import", json=http.get(url).json()).json()["id"]
+            assert told(imported.replace("sess_", "conv_")) == expected
+            url = f"/v1/sessions/{imported}/export"
+
+
+def test_an_imported_answer_is_gone_on_with(http: httpx.Client) -> None:
+    first = conversation(http)
+    body: Json = {"input": "Why?", "max_output_tokens": 4, "ignore_eos": True, "seed": 1}
+    http.post("/v1/responses", json={**body, "conversation": first})
+    document = http.get(f"/v1/sessions/{first.replace('conv_', 'sess_')}/export").json()
+    id = http.post("/v1/sessions/import", json=document).json()["id"]
+    turn = http.post(f"/v1/sessions/{id}/continue", json={"max_tokens": 3}).json()
+    assert turn["num_tokens"] == 7
+    # It is no response: nobody asked for one there.
+    response = http.get(f"/v1/responses/{turn['generation'].replace('gen_', 'resp_')}")
+    refused(response, 404, "not_found")
+
+
 def test_log_probabilities_beside_a_call_are_those_of_the_words(wide: OpenAI) -> None:
     """An enforced call has no words: nothing is told of its tokens, whole and streamed."""
     asked: Json = {
