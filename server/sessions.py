@@ -223,6 +223,7 @@ class Sessions:
             room = room_for_answer(model, num_before, max_tokens, param="max_tokens")
             params = msgspec.convert(turn.notes["params"], SamplingParams, str_keys=True)
             params = msgspec.structs.replace(params, max_tokens=len(turn.token_ids) + room)
+            keep_response(turn)
             turn.status, turn.finish_reason = "running", None
             generation = self._generations.make(
                 prompt,

@@ -37,7 +37,7 @@ from server.store.records import (
 from server.store.store import Store
 from server.text.answer_text import Markup
 from server.text.chat_template import ChatTemplate
-from server.turns import new_answer, new_turns
+from server.turns import as_responded, new_answer, new_turns
 
 
 @dataclass(slots=True, frozen=True)
@@ -120,17 +120,19 @@ class Responses:
         generation = self._generations[generation_id]
         if generation is None or generation.owner.name != owner.name:
             generation = await self._journal.load(owner.name, generation_id)
+        record = turn = None
         if generation is not None:
             turn = generation.durable.turn if generation.durable is not None else None
-            if turn is not None and "response" in turn.notes:
-                return Stored(turn, generation)
         else:
             record = await self._store.generation(owner.name, generation_id)
             if record is not None and record.session is not None and record.turn is not None:
                 turn = await self._store.turn(record.session, record.turn)
-                if turn is not None and "response" in turn.notes:
-                    return Stored(turn, None, record)
-        raise missing
+        if turn is None or "response" not in turn.notes:
+            raise missing
+        turn = as_responded(turn)
+        if turn.generation != generation_id:  # that one went on with the answer, or with a copy
+            raise missing
+        return Stored(turn, generation, record)
 
     async def input_turns(self, stored: Stored) -> list[TurnRecord]:
         """The turns of the response's own input items, in order."""
@@ -173,16 +175,17 @@ class Responses:
         except NotFound as error:
             error.param = "previous_response_id"
             raise
-        if stored.turn.status != "complete":
-            running = stored.turn.status == "running"
+        session = await self._sessions.get(owner, stored.turn.session)
+        path = await self._sessions.path(session, stored.turn.id)
+        if path[-1].status != "complete":
+            running = path[-1].status == "running"
             raise InvalidRequest(
                 f"the response {response_id} "
                 + ("still runs; wait for its end" if running else "did not come to its end")
                 + "; only one that did can be gone on from",
                 param="previous_response_id",
             )
-        session = await self._sessions.get(owner, stored.turn.session)
-        return session, await self._sessions.path(session, stored.turn.id)
+        return session, path
 
     def _fingerprint(self, session: SessionRecord, order: Order) -> str:
         """What the tokens of the order's turns are valid for: what stands before everything is

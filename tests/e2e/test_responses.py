@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,65 @@ def test_responses_are_kept_for_a_while(tiny_model: Path) -> None:
         wait_until(lambda: "error" in get(server, first["id"]), 20, "it is still there")
         items = httpx.get(f"{server.url}/v1/conversations/{conversation}/items").json()["data"]
         assert len(items) == 2
+
+
+def test_a_response_stays_as_it_is_when_its_answer_goes_on(tiny_model: Path) -> None:
+    with serving(str(tiny_model), "--stream-retention", "1") as server:
+        conversation = httpx.post(f"{server.url}/v1/conversations", json={}).json()["id"]
+        session = conversation.replace("conv_", "sess_")
+        body: Json = {"input": "Hello", "max_output_tokens": 5, "ignore_eos": True, "seed": 1}
+        id = post(server, conversation=conversation, **body)["id"]
+        first = get(server, id)
+        assert first["usage"]["output_tokens"] == 5
+        turn: Json = {}
+        for _ in range(2):
+            url = f"{server.url}/v1/sessions/{session}/continue"
+            turn = httpx.post(url, json={"max_tokens": 6}, timeout=60).json()
+            assert get(server, id) == first
+        assert turn["num_tokens"] == 17
+
+        def expired() -> bool:
+            stream = httpx.get(f"{server.url}/v1/responses/{id}", params={"stream": "true"})
+            return stream.status_code == 404
+
+        wait_until(expired, 20, "its events are still there")
+        assert get(server, id) == first
+        assert "error" in get(server, turn["generation"].replace("gen_", "resp_"))
+
+
+def test_what_is_said_when_the_server_stops_is_true(tiny_model: Path, tmp_path: Path) -> None:
+    env = {"HEADWATER_DATA": str(tmp_path), "HEADWATER_SHUTDOWN_GRACE": "0"}
+    body: Json = {"input": "Tell me all", "ignore_eos": True, "max_output_tokens": 400}
+
+    def last(server: Server, background: bool) -> Json:
+        sent = {**body, "stream": True, "background": background}
+        url = f"{server.url}/v1/responses"
+        with httpx.stream("POST", url, json=sent, timeout=60) as response:
+            found = []
+            for i, event in enumerate(stream_events(response)):
+                found.append(event.data)
+                if i == 10:
+                    server.process.send_signal(signal.SIGTERM)
+        ended: Json = found[-1]
+        assert ended["type"] == "response.failed", ended
+        assert ended["response"]["error"]["code"] == "server_draining"
+        response: Json = ended["response"]
+        return response
+
+    for background, said, then in (
+        (False, "it is cancelled", "cancelled"),
+        (True, "goes on", "incomplete"),
+    ):
+        with serving(str(tiny_model), env=env) as server:
+            response = last(server, background)
+            assert said in response["error"]["message"]
+        with serving(str(tiny_model), env=env) as server:
+            wait_until(server.ready, 30, "the server is not ready")
+            wait_until(
+                lambda id=response["id"], then=then: get(server, id)["status"] == then,
+                30,
+                f"it is not {then}",
+            )
 
 
 @pytest.mark.e2e
