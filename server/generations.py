@@ -213,15 +213,26 @@ class Generations:
 
     def end_all(self, error: HeadwaterError) -> None:
         """The server stops: plain generations end with `error`. The stored logs of durable ones
-        stay running, and those go on with the next start."""
+        stay running, and those go on with the next start, which cancels responses."""
         later = ServerDraining(
             "the server stops; this stream goes on when it is back", retry_after=5
+        )
+        cancelled = ServerDraining(
+            "the server stops, and this response with it: it is cancelled, and what it said is "
+            "found when the server is back",
+            retry_after=5,
         )
         for generation in self.live:
             if not generation.closing:
                 self._client.abort([generation.request_id])
                 del self._live[generation.id]
-                generation.publish(Failed(error if generation.durable is None else later))
+                match generation.durable:
+                    case None:
+                        generation.publish(Failed(error))
+                    case Durable(kind="response"):
+                        generation.publish(Failed(cancelled))
+                    case _:
+                        generation.publish(Failed(later))
 
     def _ended(self, generation: Generation, event: Done | Failed) -> None:
         # A stop string, or a person, may have ended it here and not in the engine.

@@ -70,8 +70,9 @@ class ResponseView:
         return {"x-headwater-generation": f"gen_{self._id}"}
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it was ended here because the server stops, and its stored log was not."""
+    def ends_again(self) -> bool:
+        """Whether it was ended here because the server stops: its stored log ends after the next
+        start, by itself or cancelled."""
         generation = self._generation
         if generation is None or generation.durable is None:
             return False
@@ -112,13 +113,13 @@ class ResponseView:
         return walk.feed(generation.pieces[at], [self._logprob(entry) for entry in logprobs])
 
     def ended(self, walk: ResponseEvents) -> list[Event]:
-        """The events of the end. One that the log goes on behind (the server stops) has no number
-        of its own: who comes back has missed nothing."""
+        """The events of the end. One that is not the log's own (the server stops) has no number of
+        its own: who comes back has missed nothing."""
         generation = self._generation
         assert generation is not None
         reason = _reason(generation)
         name, _ = ENDS[reason]
-        if self.goes_on:
+        if self.ends_again:
             last = walk.last(name, self.now())
             last["sequence_number"] -= 1
             return [last]

@@ -165,7 +165,7 @@ async def _frames(
                     if isinstance(event, Failed):
                         services.metrics.errors.labels(event.error.code).inc()
                     last = view.ended(walk)
-                    if view.goes_on:  # what comes now is said to whoever is there
+                    if view.ends_again:  # what comes now is said to whoever is there
                         sent.append(event_frame(last[-1]["type"], last[-1]))
                     else:
                         sent.append(frames(last))
