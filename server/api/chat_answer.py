@@ -102,7 +102,8 @@ class ChatAnswer:
         last = DONE
         if include_usage:
             count = usage(self._generations, num_choices=len(self._generations))
-            last = data_frame({**self._head, "choices": [], "usage": count}) + DONE
+            at = 2 + len(self._generations[0].output_token_ids)
+            last = self._chunk_frame(0, at, {"choices": [], "usage": count}) + DONE
         yield last
 
     def _delta_frame(
@@ -161,7 +162,10 @@ class ChatAnswer:
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        chunk = {**self._head, "choices": [choice]}
+        return self._chunk_frame(index, at, {"choices": [choice]})
+
+    def _chunk_frame(self, index: int, at: int, fields: dict[str, Any]) -> bytes:
+        chunk = {**self._head, **fields}
         if self._resumable:
             chunk["headwater"] = {"generation": self._generations[index].id, "event": at}
         return data_frame(chunk)

@@ -261,6 +261,16 @@ def test_chunks_say_where_they_are(chat: list[dict[str, Any]]) -> None:
     assert all(list(chunk["headwater"]) == ["generation", "event"] for chunk in chat)
 
 
+def test_the_chunk_with_usage_is_at_the_end(http: httpx.Client) -> None:
+    body = {**CHAT, "stream": True, "resumable": True, "stream_options": {"include_usage": True}}
+    *_, end, last = chunks(http.post("/v1/chat/completions", json=body).text)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"]
+    assert last["headwater"] == end["headwater"]
+    # It is the first stream's only.
+    path = f"/v1/streams/{end['headwater']['generation']}?format=chat"
+    assert all("usage" not in chunk for chunk in chunks(http.get(path).text))
+
+
 def test_a_chat_goes_on_after_each_chunk(http: httpx.Client, chat: list[dict[str, Any]]) -> None:
     generation = chat[0]["headwater"]["generation"]
 
