@@ -33,7 +33,10 @@ await visit({}, async (page, seen, context) => {
   for (const text of [...kept, cookie.value]) assert(!text.includes(key), "the key is kept");
   assert.equal(kept[0], "");
 
-  // What changes something, too.
+  // What changes something, too. Short answers leave room for another one.
+  await page.getByRole("button", { name: "System prompt and parameters" }).click();
+  await page.getByLabel("Most tokens").fill("16");
+  await page.getByRole("button", { name: "Save" }).click();
   await page.locator("#composer").fill("Why do rivers bend?");
   await page.keyboard.press("Enter");
   await page.locator(".turn-answer .prose").first().waitFor();
