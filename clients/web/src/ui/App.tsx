@@ -148,6 +148,7 @@ function Page({ keyed }: { keyed: boolean }) {
     return () => removeEventListener("keydown", onKey);
   }, [chat, overlaid]);
 
+  const loaded = place.session === opened; // a dialog that is asked for before comes then
   const target = place.view === "text" ? "composer" : "main";
   return (
     <div className="page" data-sidebar={sidebar}>
@@ -192,8 +193,8 @@ function Page({ keyed }: { keyed: boolean }) {
         )}
       </main>
       <Announcer />
-      {dialog === "parameters" && <Parameters onClose={() => setDialog(null)} />}
-      {dialog === "code" && <AsCode keyed={keyed} onClose={() => setDialog(null)} />}
+      {dialog === "parameters" && loaded && <Parameters onClose={() => setDialog(null)} />}
+      {dialog === "code" && loaded && <AsCode keyed={keyed} onClose={() => setDialog(null)} />}
       {dialog === "help" && <Help onClose={() => setDialog(null)} />}
     </div>
   );
