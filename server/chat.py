@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 
-from server.resume import EXIT_DONE, EXIT_ERROR, EXIT_UNREACHABLE, Reader, message_of, printable
+from server.remote import EXIT_DONE, FAULTS, Refused, connected, printable, told
+from server.resume import Reader
 
 EXIT_INTERRUPTED = 130
 TITLE_CHARACTERS = 60
@@ -21,7 +22,10 @@ TITLE_CHARACTERS = 60
 class Chat:
     """One session of one server. It is made when there is something to say in it."""
 
-    def __init__(self, client: httpx.Client, session: str | None, system: str | None) -> None:
+    def __init__(
+        self, url: str, client: httpx.Client, session: str | None, system: str | None
+    ) -> None:
+        self._url = url
         self._client = client
         self._session = session
         self._system = system
@@ -34,14 +38,10 @@ class Chat:
             model = self._ask("GET", "/v1/models").json()["data"][0]["id"]
             if self._session is not None:
                 self._recall()
-        except (httpx.TransportError, Refused) as error:
-            return self._failed(error)
-        try:
-            for words in _lines(f"{model} at {self._client.base_url}"):
-                try:
-                    code = self._say(words)
-                except (httpx.TransportError, Refused) as error:
-                    code = self._failed(error)
+            for words in _lines(f"{model} at {self._url}"):
+                code = self._said(words)
+        except FAULTS as error:
+            return told(self._url, error)
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
         if sys.stdin.isatty():
@@ -49,15 +49,6 @@ class Chat:
             if self._session is not None:
                 sys.stderr.write(f"\nheadwater chat --session {self._session} goes on with it.\n")
         return code
-
-    def _failed(self, error: httpx.TransportError | Refused) -> int:
-        """Tells what went wrong. Returns the exit code."""
-        if isinstance(error, Refused):
-            sys.stderr.write(f"headwater: {error}\n")
-            return EXIT_ERROR
-        reason = str(error) or type(error).__name__
-        sys.stderr.write(f"headwater: {self._client.base_url} cannot be reached: {reason}\n")
-        return EXIT_UNREACHABLE
 
     def _recall(self) -> None:
         """What was said last, and the answer that is being written."""
@@ -70,8 +61,14 @@ class Chat:
         if session["generating"] is not None:
             self._follow(session["generating"])
 
+    def _said(self, words: str) -> int:
+        """The answer to it, to its end; after a fault one may go on. Returns the exit code."""
+        try:
+            return self._say(words)
+        except FAULTS as error:
+            return told(self._url, error)
+
     def _say(self, words: str) -> int:
-        """The answer to it, to its end. Returns the exit code."""
         if self._session is None:
             title = words.strip().splitlines()[0][:TITLE_CHARACTERS]
             new = {"title": title, "instructions": self._system}
@@ -86,7 +83,7 @@ class Chat:
         with self._client.stream("POST", path, json=body, headers=headers) as response:
             if response.status_code != 200:
                 response.read()
-                raise Refused(message_of(response))
+                raise Refused(response)
             return response.headers["x-headwater-generation"]
 
     def _follow(self, generation: str) -> int:
@@ -117,12 +114,8 @@ class Chat:
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         response = self._client.request(method, path, json=body)
         if response.status_code != 200:
-            raise Refused(message_of(response))
+            raise Refused(response)
         return response
-
-
-class Refused(Exception):
-    """The server said no; the message is its own."""
 
 
 def _lines(where: str) -> Iterator[str]:
@@ -149,7 +142,9 @@ def _lines(where: str) -> Iterator[str]:
 
 def chat(url: str, session: str | None, system: str | None, api_key: str | None) -> int:
     """Talk with the server at `url`. Returns the exit code."""
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    timeout = httpx.Timeout(10.0, read=60.0)  # a comment comes every few seconds
-    with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
-        return Chat(client, session, system).talk()
+    try:
+        client = connected(url, api_key)
+    except httpx.InvalidURL as error:
+        return told(url, error)
+    with client:
+        return Chat(url, client, session, system).talk()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-EXIT_DONE, EXIT_ERROR, EXIT_UNREACHABLE = 0, 1, 75
+from server.remote import EXIT_DONE, FAULTS, Refused, connected, told
+
 TOP, STRONGEST, BAR = 8, 3, 24
 READ_SECONDS = 600.0  # the longest comparison, on a slow machine, behind others
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -33,21 +35,11 @@ class ExplainOptions:
     as_json: bool = False
 
 
-class _Refused(Exception):
-    """What a person is told, and the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def explain(options: ExplainOptions) -> int:
     """Ask the server and print. Returns the exit code; what is wrong is one line on stderr."""
-    headers = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    timeout = httpx.Timeout(10.0, read=READ_SECONDS)
     console = Console(highlight=False)
     try:
-        with httpx.Client(base_url=options.url, headers=headers, timeout=timeout) as client:
+        with connected(options.url, options.api_key, read_seconds=READ_SECONDS) as client:
             server = _Server(client)
             if options.as_json:
                 sections = {name: answer for name, answer, _ in _sections(server, options)}
@@ -55,23 +47,9 @@ def explain(options: ExplainOptions) -> int:
             else:
                 for _, _, table in _sections(server, options):
                     console.print(table)
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-        return _told(f"{options.url!r} is no URL; expected one like http://127.0.0.1:8000", 2)
-    except httpx.TransportError as error:
-        reason = str(error) or type(error).__name__
-        return _told(
-            f"no server answers at {options.url} ({reason}); start one with `headwater serve`, or "
-            "name another with --url",
-            EXIT_UNREACHABLE,
-        )
-    except _Refused as error:
-        return _told(str(error), error.code)
+    except FAULTS as error:
+        return told(options.url, error)
     return EXIT_DONE
-
-
-def _told(message: str, code: int) -> int:
-    sys.stderr.write(f"headwater: {message}\n")
-    return code
 
 
 class _Server:
@@ -81,18 +59,13 @@ class _Server:
         self._client = client
 
     def __call__(self, name: str, body: Json | None = None) -> Json:
-        """The answer of one of them. Raises _Refused."""
+        """The answer of one of them. Raises one of the FAULTS."""
         method = "GET" if body is None else "POST"
         response = self._client.request(method, f"/v1/inspect/{name}", json=body)
-        try:
-            document: Json = msgspec.json.decode(response.content, type=dict)
-            if response.status_code == 200:
-                return document
-            message = str(document["error"]["message"])
-        except (msgspec.MsgspecError, KeyError, TypeError):
-            message = f"the server answered {response.status_code}; is it a Headwater server?"
-        overloaded = response.status_code in (429, 503)
-        raise _Refused(message, EXIT_UNREACHABLE if overloaded else EXIT_ERROR)
+        if response.status_code == 200:
+            with contextlib.suppress(msgspec.MsgspecError):
+                return msgspec.json.decode(response.content, type=dict)
+        raise Refused(response)
 
 
 def _sections(server: _Server, options: ExplainOptions) -> Any:

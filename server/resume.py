@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 
 import httpx
 import msgspec
 
-EXIT_DONE, EXIT_ERROR, EXIT_UNREACHABLE = 0, 1, 75
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from server.remote import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_UNREACHABLE,
+    connected,
+    message_of,
+    printable,
+)
+
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0)
 
 
@@ -87,13 +93,6 @@ class Reader:
         return None
 
 
-def printable(text: str) -> str:
-    """The text; for a terminal without what would steer it (escape sequences)."""
-    if not sys.stdout.isatty():
-        return text
-    return _CONTROLS.sub("", text)
-
-
 def _refused(response: httpx.Response) -> int | None:
     if response.status_code in (429, 503):
         return None
@@ -101,17 +100,7 @@ def _refused(response: httpx.Response) -> int | None:
     return EXIT_ERROR
 
 
-def message_of(response: httpx.Response) -> str:
-    """What a refusal says."""
-    try:
-        return str(msgspec.json.decode(response.content)["error"]["message"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return f"the server answered {response.status_code}"
-
-
 def follow(url: str, generation: str, api_key: str | None) -> int:
     """Attach to `generation` of the server at `url`. Returns the exit code."""
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    timeout = httpx.Timeout(10.0, read=60.0)  # a comment comes every few seconds
-    with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
+    with connected(url, api_key) as client:
         return Reader(client, generation).follow()

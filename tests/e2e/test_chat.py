@@ -121,8 +121,9 @@ def test_what_is_wrong_is_one_line(default_server: Server) -> None:
         (default_server.url, ["--session", none], 1, none),
         (default_server.url, ["--session", "x"], 2, "sess_"),
         (default_server.url, ["--session", none, "--system", "x"], 2, "--system"),
-        ("http://127.0.0.1:9", [], 75, "cannot be reached"),
-        ("nowhere", [], 75, "cannot be reached"),
+        ("http://127.0.0.1:9", [], 75, "no server answers at http://127.0.0.1:9"),
+        ("nowhere", [], 2, "expected one like"),
+        ("http://x:y", [], 2, "expected one like"),
     ):
         result = piped(url, "Hello\n", *options)
         assert (result.returncode, result.stdout) == (code, "")

@@ -140,10 +140,16 @@ await visit({ viewport: { width: 1360, height: 860 } }, async (page, seen, conte
 
   // The line breaks just after: it is said once, and its answer shown.
   let broken = 0;
-  await page.route(/\/tree$/, (route) => (broken++ < 2 ? route.abort() : route.continue()));
+  let mended;
+  const whole = new Promise((done) => (mended = done));
+  await page.route(/\/tree$/, (route) => {
+    if (broken++ < 2) return route.abort();
+    mended();
+    return route.continue();
+  });
   await say(page, "Once.");
   await writing(page, 20);
-  while (broken < 3) await page.waitForTimeout(50);
+  await whole;
   await click(page, "Stop");
   await ended(page);
   assert.deepEqual(await questions(first), ["Please.", "Already there.", "Once."]);

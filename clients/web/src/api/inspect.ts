@@ -1,7 +1,7 @@
 /** The wire of the glass box: /v1/inspect, and what the microscope needs of sessions. */
 
 import { ApiError, newKey, request, requestJson } from "./client";
-import { changeSession } from "./routes";
+import { nameFork } from "./routes";
 import type { CacheReport, Session, Turn } from "./types";
 
 export interface Piece {
@@ -167,7 +167,7 @@ export async function forkAt(
   });
   const limit = session.defaults.max_tokens;
   try {
-    await changeSession(fork.id, { title: `${fork.title ?? "Untitled"} (fork)`.slice(0, 1024) });
+    await nameFork(fork);
     const answer = await request(
       "POST",
       `/v1/sessions/${fork.id}/continue`,

@@ -51,6 +51,9 @@ export const cancelAnswer = (id: string, signal: AbortSignal) =>
   requestJson("POST", `${session(id)}/cancel`, undefined, signal);
 export const forkSession = (id: string, at: string) =>
   requestJson<Session>("POST", `${session(id)}/fork`, { at });
+/** A fork has its parent's title at first. */
+export const nameFork = (fork: Session) =>
+  changeSession(fork.id, { title: `${fork.title ?? "Untitled"} (fork)`.slice(0, 1024) });
 export const importSession = (transcript: unknown) =>
   requestJson<Session>("POST", "/v1/sessions/import", transcript);
 export const readCache = (id: string) => requestJson<CacheReport>("GET", `${session(id)}/cache`);

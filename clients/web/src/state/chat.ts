@@ -108,8 +108,7 @@ export class Chat {
     if (open === null) return null;
     return this.troubles.guarded(async () => {
       const fork = await routes.forkSession(open.session.id, turn);
-      const title = `${fork.title ?? "Untitled"} (fork)`.slice(0, 1024);
-      const session = await routes.changeSession(fork.id, { title });
+      const session = await routes.nameFork(fork);
       this.store.dispatch({ type: "session", session });
       return session.id;
     });

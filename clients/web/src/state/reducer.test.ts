@@ -75,6 +75,16 @@ const events = (some: Told[], now = 2000): Action => ({
   events: some,
   now,
 });
+const pending: Action = {
+  type: "pending",
+  pending: {
+    key: "k",
+    request: { kind: "turns", input: "Hello" },
+    parent: null,
+    text: "Hello",
+    error: null,
+  },
+};
 const answerOf = (state: State) => textOf(state.open?.turns[TURN] as Turn);
 const whole = told.map(({ event }) => (event.event === "delta" ? event.data.text : "")).join("");
 
@@ -177,17 +187,6 @@ describe("an answer that ends", () => {
 });
 
 describe("what was said", () => {
-  const pending: Action = {
-    type: "pending",
-    pending: {
-      key: "k",
-      request: { kind: "turns", input: "Hello" },
-      parent: null,
-      text: "Hello",
-      error: null,
-    },
-  };
-
   test("is pending until the tree has its answer", () => {
     const other: Action = { ...tree, turns: [turn("turn_q", null)], head: "turn_q" };
     expect(after(opened, pending, live, other).pending).not.toBeNull();
@@ -204,16 +203,6 @@ describe("what was said", () => {
 });
 
 describe("words that the server has not taken", () => {
-  const pending: Action = {
-    type: "pending",
-    pending: {
-      key: "k",
-      request: { kind: "turns", input: "Hello" },
-      parent: null,
-      text: "Hello",
-      error: null,
-    },
-  };
   const refused: Action = {
     type: "pendingFailed",
     key: "k",
