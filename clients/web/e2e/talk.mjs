@@ -63,9 +63,10 @@ function fingerprint() {
 
 export const composer = (page) => page.getByLabel("What to say");
 
+/** Until the session is there; the composer is, before it. */
 export async function open(page, id) {
   await page.goto(`${url}/s/${id}`);
-  await composer(page).waitFor();
+  await page.getByRole("navigation", { name: "Views of this session" }).waitFor();
 }
 
 export async function say(page, words) {
