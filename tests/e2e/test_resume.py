@@ -176,7 +176,7 @@ def begun(client: httpx.Client, kinds: list[dict[str, Any]]) -> list[Reader]:
 
 def long_kinds(client: httpx.Client) -> list[dict[str, Any]]:
     """Each variant twice: once for a reader of events, once for one of chat chunks."""
-    return [kind for v in VARIANTS for kind in [{"max_tokens": 2500, **fields_of(v, client)}] * 2]
+    return [kind for v in VARIANTS for kind in [{"max_tokens": 1200, **fields_of(v, client)}] * 2]
 
 
 def all_uncut(client: httpx.Client, kinds: list[dict[str, Any]]) -> list[Reader]:
