@@ -136,9 +136,11 @@ def begin_drain(app: FastAPI, grace: float, then: Callable[[], None]) -> None:
         deadline = loop.time() + grace
         while len(services.generations) and loop.time() < deadline:
             await asyncio.sleep(0.05)
-        await services.checkpoint()
-        await asyncio.sleep(0.05)  # one turn of the loop for the last frames to leave
-        then()
+        try:
+            await services.checkpoint()
+            await asyncio.sleep(0.05)  # one turn of the loop for the last frames to leave
+        finally:
+            then()
 
     services.draining = asyncio.get_running_loop().create_task(drain(), name="drain")
 

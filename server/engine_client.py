@@ -30,6 +30,7 @@ from model.engine.messages import (
     Inspected,
     Inspection,
     ModelInfo,
+    RequestError,
     Shutdown,
     Start,
     StepOutputs,
@@ -176,6 +177,11 @@ class EngineClient:
         return len(self._sinks)
 
     @property
+    def has_beaten(self) -> bool:
+        """Whether this engine has sent a heartbeat: it does before it loads the model."""
+        return self._steps >= 0
+
+    @property
     def has_engine(self) -> bool:
         """Whether there is an engine that can be sent requests, if perhaps a slow one."""
         return self.state == "ready" and self._channel is not None
@@ -318,3 +324,5 @@ class EngineClient:
             sink(output)
         except Exception:  # one request's trouble must not stop the routing of the others
             log.exception("delivery_failed", request=output.request_id)
+            error = RequestError("server_error", "internal", "the server failed at this answer")
+            sink(TokenOutput(output.request_id, finish_reason="error", error=error))

@@ -45,6 +45,9 @@ class EngineProcess:
                 stdout=sys.stderr.fileno(),
                 env=_SPIN_SHORTLY | os.environ,
             )
+        except BaseException:
+            ours.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()

@@ -45,7 +45,8 @@ class Durable:
     turn: TurnRecord | None = None
     num_logged: int = 0  # tokens that are on their way to the store
     num_stored: int = 0
-    waits: bool = False  # tokens are shown once they are stored
+    waits: asyncio.Event | None = None
+    """Where tokens are shown only once they are stored: it is set when there are new ones."""
 
 
 @dataclass(eq=False)
@@ -164,6 +165,11 @@ class Generation:
         return len(self.drawn_token_ids)
 
     @property
+    def num_drawn_here(self) -> int:
+        """Of these, those that `timings` are about: they were drawn since this server started."""
+        return self.num_output_tokens - self._num_replayed
+
+    @property
     def output_token_ids(self) -> list[int]:
         """The log's tokens, and the one that ended it."""
         return self.token_ids + self.end_token_ids
@@ -194,7 +200,7 @@ class Generation:
         timings = self.timings
         prefill = timings.first_token - timings.submitted if timings.first_token else 0.0
         decode = timings.last_token - timings.first_token
-        num_decoded = self.num_output_tokens - self._num_replayed - 1
+        num_decoded = self.num_drawn_here - 1
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
@@ -228,6 +234,8 @@ class Generation:
             return
         match output.finish_reason:
             case None:
+                if self.durable is not None and self.durable.waits is not None:
+                    self.durable.waits.set()
                 self.wake()
             case "stop" | "length":
                 self._flush(output.finish_reason)
@@ -375,7 +383,7 @@ class Generation:
         """The log from `start` tokens on; None where nothing is new."""
         end = len(self.token_ids)
         stored = isinstance(self._end, Done)
-        if self.durable is not None and self.durable.waits and not stored:
+        if self.durable is not None and self.durable.waits is not None and not stored:
             end = min(end, self.durable.num_stored)
         if start >= end:
             return None

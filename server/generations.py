@@ -241,7 +241,7 @@ class Generations:
         if generation.timings.submitted:
             seconds = time.monotonic() - generation.timings.submitted
             self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds
-        self._metrics.ended(generation.timings, generation.num_output_tokens)
+        self._metrics.ended(generation.timings, generation.num_drawn_here)
         if generation.durable is None or self.journal is None:
             self._live.pop(generation.id, None)
             generation.publish(event)
@@ -279,10 +279,11 @@ class Generations:
 
     def engine_ready(self) -> None:
         """An engine takes requests: go on with what is there."""
-        self.spawn(self._resubmit())
+        self.spawn(self._resubmit(self._client.epoch))
 
-    async def _resubmit(self) -> None:
-        epoch = self._client.epoch
+    async def _resubmit(self, epoch: int) -> None:
+        if self._client.epoch != epoch:
+            return  # it died meanwhile
         if self.journal is not None:  # counted before it can happen again
             await self.journal.engine_ready()
             await self.journal.count_crashes([g for g in self.live if g.durable and g.crashes])

@@ -25,7 +25,9 @@ from server.store.records import IdempotencyRecord
 from server.store.store import Store
 
 MAX_KEY_CHARACTERS = 255
-MAX_ENTRIES = 4096  # beyond these, plain requests (that no store remembers) are forgotten early
+# Beyond these, plain requests (that no store remembers) are forgotten early: so many, or with so
+# many tokens in their prompts and answers (some 150 MB).
+MAX_ENTRIES, MAX_TOKENS = 4096, 1 << 22
 LOOKED_AT = 64  # entries a request looks at, to drop those that are over
 
 Made = str | list[Generation]
@@ -47,6 +49,14 @@ class _Entry:
     created: float
     made: asyncio.Future[Made | None]
 
+    @property
+    def num_tokens(self) -> int:
+        """What it keeps in memory."""
+        made = self.made.result() if self.made.done() else None
+        if not isinstance(made, list):
+            return 0
+        return sum(g.num_prompt_tokens + g.num_output_tokens for g in made)
+
 
 class Idempotency:
     """The keys of the last `retention` seconds."""
@@ -55,6 +65,8 @@ class Idempotency:
         self._store = store
         self._retention = retention
         self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
+        self._num_tokens = 0  # when they were last counted, less what was dropped since
+        self._num_looks = 0
 
     @contextlib.asynccontextmanager
     async def once(self, request: Request, owner: Owner) -> AsyncIterator[Once]:
@@ -127,10 +139,14 @@ class Idempotency:
         return stored
 
     def _forget_old(self) -> None:
+        if self._num_looks % LOOKED_AT == 0:
+            self._num_tokens = sum(entry.num_tokens for entry in self._entries.values())
+        self._num_looks += 1
         oldest = time.time() - self._retention
         for slot, entry in list(itertools.islice(self._entries.items(), LOOKED_AT)):
-            full = len(self._entries) > MAX_ENTRIES
+            full = len(self._entries) > MAX_ENTRIES or self._num_tokens > MAX_TOKENS
             if entry.made.done() and (full or entry.created < oldest):
+                self._num_tokens -= entry.num_tokens
                 del self._entries[slot]
 
 

@@ -23,6 +23,7 @@ from server.events import Done, Failed
 from server.generation import Durable, Generation
 from server.generations import Generations
 from server.owners import Owner, Owners
+from server.prompt import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.store.errors import StoreConflict, StoreError
 from server.store.records import (
     GenerationRecord,
@@ -37,8 +38,7 @@ from server.text.answer_text import PLAIN, Markup
 
 log = structlog.get_logger()
 
-FLUSH_SECONDS = 0.25
-FLUSH_SECONDS_WAITED_FOR = 0.02
+FLUSH_SECONDS, LEAST_FLUSH_SECONDS = 0.25, 0.02  # where nobody waits for it, and where readers do
 RETRY_SECONDS = 1.0
 EXPIRE_SECONDS = 60.0
 EXPIRED_KNOWN_SECONDS = 30 * 86_400.0  # how long one that is asked for is told to have expired
@@ -75,6 +75,7 @@ class Journal:
         self._response_retention = response_retention
         self._unsaved: list[tuple[Generation, Done | Failed]] = []
         self._flushing = asyncio.Lock()
+        self._waited_for = asyncio.Event()
         self._told_dropped = True  # the engine knows which blocks nobody has any more
         self._task: asyncio.Task[None] | None = None
         self._expired = 0.0
@@ -161,19 +162,21 @@ class Journal:
             return
         try:
             await self._store.log_tokens([chunk for _, _, chunk in grown])
-        except StoreError:
+        except Exception:
             for _, durable, chunk in grown:
                 durable.num_logged = min(durable.num_logged, chunk.position)
             raise
         for generation, durable, chunk in grown:
             durable.num_stored = chunk.position + len(chunk.token_ids)
-            if durable.waits:
+            if durable.waits is not None:
                 generation.wake()
 
     async def _run(self) -> None:
         while True:
-            waits = any(g.durable is not None and g.durable.waits for g in self._generations.live)
-            await asyncio.sleep(FLUSH_SECONDS_WAITED_FOR if waits else FLUSH_SECONDS)
+            await asyncio.sleep(LEAST_FLUSH_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._waited_for.wait(), FLUSH_SECONDS)
+            self._waited_for.clear()
             try:
                 await self.flush()
                 await self._tell_dropped()
@@ -188,6 +191,9 @@ class Journal:
                     await self._expire_responses(time.time() - self._response_retention)
             except StoreError as error:
                 log.error("store_failed", reason=str(error))
+                await asyncio.sleep(RETRY_SECONDS)
+            except Exception:  # whatever it is, the others' logs are stored
+                log.exception("journal_failed")
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _expire_responses(self, before: float) -> None:
@@ -294,6 +300,9 @@ class Journal:
             log.error("answer_not_saved", generation=generation.id, reason=str(error))
             self._unsaved.append((generation, event))
             return Failed(ServerError(f"the answer could not be saved yet: {error}"))
+        except Exception:  # its readers must not wait for ever
+            log.exception("answer_not_saved", generation=generation.id)
+            return Failed(ServerError("the server failed at this answer; it is not saved"))
         return event
 
     async def count_crashes(self, generations: Sequence[Generation]) -> None:
@@ -326,10 +335,11 @@ class Journal:
         assert record.usage is not None
         generation = self._make(record, stop=())
         num_shown = len(token_ids) - record.usage["num_end_tokens"]
-        generation.restore(
-            token_ids[:num_shown],
-            [p for blob in blobs for p in _logprobs.decode(blob)],
-            half=record.finish_reason != "abort",
+        logprobs = [p for blob in blobs for p in _logprobs.decode(blob)]
+        half = record.finish_reason != "abort"
+        await off_loop(
+            CHARACTERS_PER_LOGGED_TOKEN * num_shown,
+            lambda: generation.restore(token_ids[:num_shown], logprobs, half=half),
         )
         generation.end_token_ids = token_ids[num_shown:]
         generation.durable = Durable(record.kind, record.session, await self._turn_of(record))
@@ -344,7 +354,7 @@ class Journal:
         """Where a token that is lost would not come again, it is stored before it is shown."""
         model = self._client.model
         if generation.durable is not None and model is not None:
-            generation.durable.waits = not model.reproducible
+            generation.durable.waits = None if model.reproducible else self._waited_for
 
     def _make(self, record: GenerationRecord, stop: Sequence[str]) -> Generation:
         generation = self._generations.make(

@@ -12,6 +12,7 @@ from server.errors import ContextLengthExceeded
 T = TypeVar("T")
 
 TOKENIZE_INLINE_CHARACTERS = 16_384
+CHARACTERS_PER_LOGGED_TOKEN = 16  # to read a token of a log takes as long as to encode so many
 
 
 async def off_loop(num_characters: int, work: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from server.api.answers import finite
 from server.errors import ServerDraining
 from server.events import Done, Failed
 from server.generation import Generation
+from server.prompt import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.responses_wire import (
     Event,
     ItemStatus,
@@ -79,8 +80,14 @@ class ResponseView:
         end = generation.outcome
         return isinstance(end, Failed) and end.error.code == ServerDraining.default_code
 
+    async def told(self) -> dict[str, Any]:
+        """`now`; where that takes long, no stream waits for it."""
+        generation, turn = self._generation, self._turn
+        log = generation.token_ids if generation is not None else turn.token_ids if turn else []
+        return await off_loop(CHARACTERS_PER_LOGGED_TOKEN * len(log), self.now)
+
     def now(self) -> dict[str, Any]:
-        """The response as it is."""
+        """The response as it is. Its log may grow meanwhile."""
         walk = self.walk()
         generation = self._generation
         if generation is None:
@@ -90,11 +97,12 @@ class ResponseView:
             for piece in self._pieces(self._turn):
                 walk.feed(piece)
             return self._whole(walk, self._turn.finish_reason or "abort")
-        for at in range(len(generation.token_ids)):
+        ended, num_tokens = generation.ended, len(generation.token_ids)
+        for at in range(num_tokens):
             self.fed(walk, at)
-        if generation.outcome is not None:
+        if ended:
             return self._whole(walk, _reason(generation))
-        if generation.token_ids:
+        if num_tokens:
             walk.end("in_progress")
         waiting = self._echo["background"] and not generation.admitted
         return self._head("queued" if waiting else "in_progress") | {"output": walk.output}

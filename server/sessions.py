@@ -36,6 +36,7 @@ from server.prompt import off_loop, room_for_answer
 from server.reader import read
 from server.store.errors import StoreConflict
 from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
+from server.store.schema import text_of
 from server.store.store import Store
 from server.text.appended_text import message_of
 from server.text.chat_template import ChatTemplate, TemplateError
@@ -433,7 +434,8 @@ class Sessions:
                 dropped=dropped,
             )
 
-        size = sum(len(m["content"]) for m in messages) + 16 * len(path)
+        said = sum(len(text_of(turn.content)) for turn in path)
+        size = said + sum(len(message["content"]) for message in messages)
         try:
             extension = await off_loop(size, lambda: tokens(dropped))
             if model is None or session.overflow == "error":

@@ -2,10 +2,11 @@
 
     starting -> ready -> (restarting -> ready)* -> failed
 
-An engine is dead when its process exits or its channel closes. It hangs when no heartbeat comes,
-or no step ends while there is work, for `engine_timeout` seconds: then its stacks are logged and it
-is killed. Restarts back off. Too many deaths in a short time end the server with exit code 1; those
-that a generation is the cause of, or may be, do not count: `Generations` finds it and ends it.
+An engine is dead when its process exits or its channel closes, or when none can be started. It
+hangs when no heartbeat comes, or no step ends while there is work, for `engine_timeout` seconds:
+then its stacks are logged and it is killed. Restarts back off. Too many deaths in a short time end
+the server with exit code 1; those that a generation is the cause of, or may be, do not count:
+`Generations` finds it and ends it.
 """
 
 from __future__ import annotations
@@ -55,10 +56,6 @@ class Supervisor:
         self._stopping = False
         self.failed = asyncio.Event()  # no engine will come back
 
-    @property
-    def engine_pid(self) -> int | None:
-        return None if self._engine is None else self._engine.pid
-
     def start(self) -> None:
         """Have an engine, and keep watching, in the background."""
         self._task = asyncio.create_task(self._run(), name="supervisor")
@@ -86,7 +83,11 @@ class Supervisor:
         epoch = 0
         while True:
             epoch += 1
-            was_ready = await self._one_engine(epoch)
+            try:
+                was_ready = await self._one_engine(epoch)
+            except OSError as error:  # no process or no socket: short of memory, or of files
+                log.error("engine_not_started", reason=str(error))
+                was_ready = False
             if self._stopping:
                 return
             if self._client.made_tokens or self._client.on_trial:
@@ -140,14 +141,11 @@ class Supervisor:
             closed.cancel()
 
     def _hangs(self) -> bool:
-        if self._client.state != "ready":
-            return False
-        timeout = self._settings.engine_timeout
-        now = time.monotonic()
-        return (
-            now - self._client.last_heartbeat > timeout
-            or now - self._client.last_progress > timeout
-        )
+        now, timeout = time.monotonic(), self._settings.engine_timeout
+        silent = now - self._client.last_heartbeat > timeout
+        if self._client.state != "ready":  # loading is no progress, and it may take its time
+            return silent and self._client.has_beaten
+        return silent or now - self._client.last_progress > timeout
 
     async def _dump_stacks(self, engine: EngineProcess) -> None:
         """Ask faulthandler in the engine for all its stacks (they go to our stderr)."""

@@ -142,7 +142,9 @@ async def prompt_token_ids(
     """The token ids of a conversation, by the model's chat template."""
     said = [message.rendered(i) for i, message in enumerate(messages)]
     rendered, template_tools = with_tools(services.template, said, tools)
-    size = sum(len(message["content"]) for message in rendered) + len(str(template_tools))
+    size = len(str(template_tools)) + sum(
+        len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in rendered
+    )
     try:
         return await off_loop(
             size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,8 @@ from server.sse import EventStream, comment_frame, event_frame
 
 router = APIRouter()
 
+TOKENS_AT_ONCE = 256  # of a long log that is read again, before others have their turn
+
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
 After = Annotated[str | None, Query(max_length=64)]
@@ -40,7 +43,7 @@ async def create_response(
             stored = await services.responses.find(owner, once.made.replace("gen_", "resp_", 1))
             if stored.generation is None:
                 view = ResponseView.of(services, stored)
-                return json_response(view.now(), headers=view.headers)
+                return json_response(await view.told(), headers=view.headers)
             generation = stored.generation
         elif once.made is not None:
             generation = once.made[0]
@@ -53,7 +56,7 @@ async def create_response(
         return _stream(services, view, generation, -1)
     if not order.background and not await wait_for_all(request, [generation], services.generations):
         return Response(status_code=499)
-    return json_response(view.now(), headers=view.headers)
+    return json_response(await view.told(), headers=view.headers)
 
 
 @router.get("/v1/responses/{id}", operation_id="read_response")
@@ -68,7 +71,7 @@ async def read_response(
     stored = await services.responses.find(owner, id)
     view = ResponseView.of(services, stored)
     if not stream:
-        return json_response(view.now(), headers=view.headers)
+        return json_response(await view.told(), headers=view.headers)
     if stored.generation is None:
         raise StreamExpired(
             f"the events of {id} can no longer be read, it ended too long ago or was made with "
@@ -84,7 +87,7 @@ async def cancel_response(id: str, services: Shared, owner: Caller) -> Response:
     stored = await services.responses.find(owner, id)
     await services.responses.cancel(stored)
     view = ResponseView.of(services, stored)
-    return json_response(view.now(), headers=view.headers)
+    return json_response(await view.told(), headers=view.headers)
 
 
 @router.delete("/v1/responses/{id}", operation_id="delete_response")
@@ -157,8 +160,10 @@ async def _frames(
         for _, event in batch:
             match event:
                 case Delta():
-                    new = range(event.end - len(event.token_ids), event.end)
-                    sent += [frames(view.fed(walk, at)) for at in new]
+                    for at in range(event.end - len(event.token_ids), event.end):
+                        sent.append(frames(view.fed(walk, at)))
+                        if at % TOKENS_AT_ONCE == 0:
+                            await asyncio.sleep(0)
                 case Paused():
                     sent.append(comment_frame("the engine is being restarted"))
                 case Done() | Failed():

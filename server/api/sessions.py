@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
@@ -83,7 +84,8 @@ async def import_session(
     async def make(idempotency: IdempotencyRecord | None) -> SessionRecord:
         for grammar in grammars(body):
             await services.grammars.check(grammar, param="turns")
-        record, turns = imported(
+        record, turns = await asyncio.to_thread(
+            imported,
             body,
             owner.name,
             services.tokenizer,

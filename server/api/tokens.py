@@ -70,7 +70,7 @@ async def tokenize(body: TokenizeRequest, services: Shared) -> Response:
     return json_response(
         {
             "tokens": ids,
-            "pieces": [services.tokenizer.piece(i) for i in ids],
+            "pieces": await off_loop(len(ids), lambda: [services.tokenizer.piece(i) for i in ids]),
             "count": len(ids),
             "max_model_len": None if model is None else model.max_model_len,
         }

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.engine.messages import RequestError, TokenLogprob, TokenOutput
+from model.engine.messages import (
+    EngineStats,
+    RequestError,
+    StepOutputs,
+    Submit,
+    TokenLogprob,
+    TokenOutput,
+)
 from model.engine.request import SamplingParams
+from server.engine_client import EngineClient
 from server.errors import InvalidRequest, ServerError
 from server.events import Delta, Done, Event, Failed, Paused, Progress, Started
 from server.generation import Generation
@@ -382,3 +390,35 @@ def test_cancelling_what_has_ended_changes_nothing(tokenizer: Tokenizer) -> None
     assert generation.end == Done("length")
     generation.close(Failed(ServerError("late")))
     assert generation.end == Done("length")
+
+
+def test_a_delivery_that_fails_ends_its_generation_only(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever cannot be made of what the engine says: nobody waits for ever."""
+    client = EngineClient()
+    client.attach(1)
+    sick, well = make(tokenizer), make(tokenizer)
+    monkeypatch.setattr(sick._detokenizer, "feed", lambda _: 1 // 0)
+    for name, one in (("sick", sick), ("well", well)):
+        client.submit(Submit(name, one.prompt_token_ids, one.params), one.feed)
+    client._receive(
+        StepOutputs(
+            1,
+            [
+                TokenOutput("sick", token_ids=[5], finish_reason="length"),
+                TokenOutput("well", token_ids=[5], finish_reason="length"),
+            ],
+            EngineStats(),
+        )
+    )
+    assert isinstance(sick.outcome, Failed) and sick.outcome.error.code == "internal"
+    assert isinstance(well.outcome, Done)
+    assert client.num_requests == 0
+
+
+def test_what_was_drawn_before_the_server_started_is_not_timed(tokenizer: Tokenizer) -> None:
+    generation = make(tokenizer)
+    generation.replay([5] * 100, [])
+    generation.feed(output(5, 5, 5, finish_reason="length"))
+    assert (generation.num_output_tokens, generation.num_drawn_here) == (103, 3)

@@ -228,22 +228,21 @@ def test_the_length_of_keys(store: Store, length: int, fits: bool) -> None:
     run(work)
 
 
+def plain(tokenizer: Tokenizer, prompt: list[int]) -> Generation:
+    return Generation(
+        id="gen_0",
+        owner=ANN,
+        prompt_token_ids=prompt,
+        params=SamplingParams(),
+        stop=(),
+        tokenizer=tokenizer,
+        on_end=lambda generation, event: generation.publish(event),
+    )
+
+
 def test_a_plain_answer_that_was_cancelled_is_made_again(store: Store, tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
-
-    def generation() -> list[Generation]:
-        return [
-            Generation(
-                id="gen_0",
-                owner=ANN,
-                prompt_token_ids=[5],
-                params=SamplingParams(),
-                stop=(),
-                tokenizer=tokenizer,
-                on_end=lambda generation, event: generation.publish(event),
-            )
-        ]
 
     async def work() -> None:
         keys = Idempotency(store, 3600.0)
@@ -251,7 +250,7 @@ def test_a_plain_answer_that_was_cancelled_is_made_again(store: Store, tmp_path:
         async def ask() -> Any:
             async with keys.once(request("k"), ANN) as once:
                 if once.made is None:
-                    once.made = generation()
+                    once.made = [plain(tokenizer, [5])]
                 return once.made
 
         first = await ask()
@@ -261,5 +260,35 @@ def test_a_plain_answer_that_was_cancelled_is_made_again(store: Store, tmp_path:
         assert second is not first
         second[0].publish(Done("stop"))
         assert await ask() is second
+
+    run(work)
+
+
+def test_plain_answers_are_kept_as_far_as_their_tokens_take_little_room(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.idempotency.MAX_TOKENS", 1000)
+    monkeypatch.setattr("server.idempotency.LOOKED_AT", 4)
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+
+    async def work() -> None:
+        keys = Idempotency(store, 3600.0)
+        made: list[int] = []
+
+        async def ask(key: int, num_tokens: int = 200) -> None:
+            async with keys.once(request(f"k{key}"), ANN) as once:
+                if once.made is None:
+                    made.append(key)
+                    once.made = [plain(tokenizer, [5] * num_tokens)]
+
+        for key in range(12):
+            await ask(key)
+        assert len(keys._entries) <= 5 + 4  # they are counted with every fourth request
+        made.clear()
+        await ask(11)  # the newest is there
+        assert made == []
+        await ask(0)  # the oldest is not
+        assert made == [0]
 
     run(work)
