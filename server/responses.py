@@ -71,6 +71,8 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
         reason = str(first.get("ctx", {}).get("error", "")).strip()
         return InvalidRequest(f"the body is not valid JSON{': ' + reason if reason else ''}")
     message = first["msg"].removeprefix("Value error, ")
+    if not param and first["type"] == "value_error":
+        return InvalidRequest(f"the body: {message}")
     if not param:
         return InvalidRequest(f"the body must be a JSON object: {message}")
     return InvalidRequest(f"`{param}`: {message}", param=param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -80,6 +81,9 @@ async def _listen(
         loop.create_task(_announce(services, sock)),
         loop.create_task(_stop_when_failed(services, stop)),
     ]
+    # What is here now stays: no collection of garbage looks at it, and none holds streams up.
+    gc.collect()
+    gc.freeze()
     # Not `serve`: it would take the signals for itself and end the process by raising them again.
     await http._serve(sockets=[sock])
     for task in watchers:

@@ -32,7 +32,7 @@ from server.generation import Durable, Generation
 from server.generations import Generations
 from server.journal import Journal
 from server.owners import Owner
-from server.prompt import off_loop, room_for_answer
+from server.prompt import CHARACTERS_PER_MESSAGE, check_can_fit, off_loop, room_for_answer
 from server.reader import read
 from server.store.errors import StoreConflict
 from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord
@@ -434,8 +434,10 @@ class Sessions:
                 dropped=dropped,
             )
 
-        said = sum(len(text_of(turn.content)) for turn in path)
-        size = said + sum(len(message["content"]) for message in messages)
+        texts = [text_of(turn.content) for turn in path] + [m["content"] for m in messages]
+        size = sum(CHARACTERS_PER_MESSAGE + len(text) for text in texts)
+        new = sum(len(message["content"]) for message in messages)
+        check_can_fit(self._tokenizer, model, new, param="input")
         try:
             extension = await off_loop(size, lambda: tokens(dropped))
             if model is None or session.overflow == "error":

@@ -9,7 +9,8 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from model.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
-from server.api.chat import ChatMessage
+from server.api.body import Body
+from server.api.chat import MAX_MESSAGES, ChatMessage
 from server.api.sampling import MAX_SEED, Stops
 from server.api.session_fields import Defaults, Metadata, Text, Title
 from server.api.tool_fields import MAX_TOOLS
@@ -27,11 +28,11 @@ MAX_TURNS = 10_000
 MAX_GRAMMARS = 16  # different ones in a transcript; each is tried before it is taken
 MAX_BESIDE_BYTES = 1 << 20
 
-TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 32)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 32)]], Field(fail_fast=True)]
 Time = Annotated[float, Field(ge=0, lt=1e11)]
 
 
-class ItemText(BaseModel):
+class ItemText(Body):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
@@ -112,15 +113,15 @@ class Notes(BaseModel):
     generation: str | None = Field(default=None, pattern="^gen_[0-9a-f]{32}$")
 
 
-class TranscriptTurn(BaseModel):
+class TranscriptTurn(Body):
     model_config = ConfigDict(extra="forbid")
 
     id: str = Field(max_length=64)
     parent: str | None = Field(default=None, max_length=64)
     role: Literal["system", "user", "assistant", "tool"]
-    content: list[ItemText]
-    prompt_token_ids: TokenIds = []
-    token_ids: TokenIds = []
+    content: Annotated[list[ItemText], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    prompt_token_ids: TokenIds = Field(default_factory=list)
+    token_ids: TokenIds = Field(default_factory=list)
     replaces_history: bool = False
     status: Literal["complete", "interrupted"] = "complete"
     finish_reason: str | None = Field(default=None, max_length=64)
@@ -129,19 +130,19 @@ class TranscriptTurn(BaseModel):
     created_at: Time
 
 
-class TranscriptSession(BaseModel):
+class TranscriptSession(Body):
     model_config = ConfigDict(extra="forbid")
 
     title: Title | None = None
     instructions: Text | None = None
-    metadata: Metadata = {}
+    metadata: Metadata = Field(default_factory=dict)
     defaults: Defaults = Defaults()
     overflow: Literal["error", "drop_oldest"] = "error"
     head: str | None = Field(default=None, max_length=64)
     created_at: Time
 
 
-class Transcript(BaseModel):
+class Transcript(Body):
     """What `export` gives and `import` takes."""
 
     model_config = ConfigDict(extra="forbid")
@@ -149,7 +150,7 @@ class Transcript(BaseModel):
     format: Literal["headwater.session"]
     version: Literal[1]
     session: TranscriptSession
-    turns: Annotated[list[TranscriptTurn], Field(max_length=MAX_TURNS)]
+    turns: Annotated[list[TranscriptTurn], Field(max_length=MAX_TURNS, fail_fast=True)]
 
 
 def exported(record: SessionRecord, turns: list[TurnRecord]) -> dict[str, Any]:

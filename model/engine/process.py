@@ -1,9 +1,9 @@
 """The engine process: frames in, steps, frames out.
 
-It has three threads. The main one runs the steps. One reads frames into a queue, so that an abort
-is seen in the step in which it comes. One sends a heartbeat each second, so that an engine that
-hangs is told from one that works. It ignores SIGINT and SIGTERM, since the server decides when to
-stop it, and it dies with the server: by the kernel's parent-death signal, and when the channel
+It has three threads of its own. The main one runs the steps. One reads frames into a queue, so that
+an abort is seen in the step in which it comes. One sends a heartbeat each second, so that an engine
+that hangs is told from one that works. It ignores SIGINT and SIGTERM, since the server decides when
+to stop it, and it dies with the server: by the kernel's parent-death signal, and when the channel
 closes.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import os
 import queue
 import signal
@@ -114,6 +115,8 @@ class Loop:
             raise SystemExit(1) from None
         if self._engine.grammars is not None:
             self._engine.grammars.on_compiled = lambda: self._inbox.put(None)
+        gc.collect()
+        gc.freeze()  # what is here now stays: no collection of garbage looks at it
         self._channel.send(EngineReady(start.epoch, info))
         while True:
             if not self._busy:

@@ -15,7 +15,7 @@ from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
 from server.api.tool_fields import MAX_TOOLS, ToolCall, ToolFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Generation
-from server.prompt import off_loop, room_for_answer
+from server.prompt import CHARACTERS_PER_MESSAGE, check_can_fit, off_loop, room_for_answer
 from server.services import Caller, Services, Shared
 from server.text.chat_template import TemplateError, encode_chat
 from server.text.tool_prompt import with_tools
@@ -43,13 +43,16 @@ class ContentPart(BaseModel):
     refusal: str | None = None
 
 
+Parts = Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Parts | None = None
     name: str | None = Field(default=None, max_length=256)
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = Field(default=None, max_length=256)
     reasoning_content: str | None = None
 
@@ -95,8 +98,13 @@ class ChatMessage(BaseModel):
         return "".join(texts)
 
 
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+
+
 class ChatRequest(FormattedFields, ToolFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -138,13 +146,17 @@ async def prompt_token_ids(
     *,
     continue_final_message: bool = False,
     tools: Sequence[dict[str, Any]] = (),
+    must_fit: bool = True,
 ) -> list[int]:
-    """The token ids of a conversation, by the model's chat template."""
+    """The token ids of a conversation, by the model's chat template. Unless it `must_fit`, it may
+    be longer than the context."""
     said = [message.rendered(i) for i, message in enumerate(messages)]
     rendered, template_tools = with_tools(services.template, said, tools)
-    size = len(str(template_tools)) + sum(
-        len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in rendered
-    )
+    told = sum(len(message["content"]) for message in rendered)
+    if must_fit:
+        check_can_fit(services.tokenizer, services.client.model, told, param="messages")
+    size = told + len(str(template_tools)) + CHARACTERS_PER_MESSAGE * len(rendered)
+    size += sum(len(str(message.get("tool_calls", ""))) for message in rendered)
     try:
         return await off_loop(
             size,

@@ -17,7 +17,7 @@ from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.events import Delta, Done, Event, Failed, Paused
 from server.generation import Generation
-from server.prompt import off_loop, room_for_answer
+from server.prompt import check_can_fit, off_loop, room_for_answer
 from server.reader import read
 from server.services import Caller, Services, Shared
 from server.sse import DONE, comment_frame, data_frame
@@ -27,8 +27,8 @@ router = APIRouter()
 MAX_PROMPTS = 64
 DEFAULT_MAX_TOKENS = 16
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-_SOME = Field(min_length=1, max_length=MAX_PROMPTS)
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+_SOME = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 Prompts = Annotated[list[str], _SOME] | Annotated[list[TokenIds], _SOME]
 
 
@@ -71,6 +71,8 @@ class CompletionRequest(SamplingFields):
         else:
             texts = None
         if texts is not None:
+            longest = max(map(len, texts))
+            check_can_fit(services.tokenizer, services.client.model, longest, param="prompt")
             encode = services.tokenizer.encode_prompt
             ids = await off_loop(sum(map(len, texts)), lambda: [encode(text) for text in texts])
         elif isinstance(prompt[0], int):

@@ -42,7 +42,7 @@ class ConversationChange(BaseModel):
 class NewItems(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    items: Annotated[list[InputItem], Field(min_length=1, max_length=MAX_NEW_ITEMS)]
+    items: Annotated[list[InputItem], Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)]
 
 
 @router.post("/v1/conversations", operation_id="create_conversation")

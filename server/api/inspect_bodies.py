@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from model.engine.messages import AttentionInspection, CacheInspection, ForwardInspection, ModelInfo
-from server.api.chat import MAX_MESSAGES, ChatMessage, prompt_token_ids
+from server.api.body import Body
+from server.api.chat import Messages, prompt_token_ids
 from server.api.session_fields import Text
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.prompt import off_loop, room_for_answer
+from server.prompt import check_can_fit, off_loop, room_for_answer
 from server.services import Services
 
 MAX_TOKENS = 4096
@@ -22,11 +23,10 @@ NEW_TOKENS, MAX_NEW_TOKENS = 100, 256
 MAX_RECOMPUTED = 1 << 18  # tokens that a generation without the KV cache computes
 
 Place = Annotated[int, Field(ge=0)]
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-TokenIds = Annotated[list[Place], Field(min_length=1, max_length=MAX_TOKENS)]
+TokenIds = Annotated[list[Place], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
 
 
-class TextBody(BaseModel):
+class TextBody(Body):
     """`POST /v1/inspect/tokens`: a text as it stands, or messages by the chat template."""
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +41,7 @@ class TextBody(BaseModel):
         if self.messages is not None:
             return await prompt_token_ids(services, self.messages)
         text = self.text or ""
+        check_can_fit(services.tokenizer, services.client.model, len(text), param="text")
         return await off_loop(len(text), lambda: services.tokenizer.encode_prompt(text))
 
     @property
@@ -78,7 +79,7 @@ class ForwardBody(SubjectBody):
     """`POST /v1/inspect/forward`"""
 
     top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
-    layers: Literal["all"] | list[Place] | None = None
+    layers: Literal["all"] | Annotated[list[Place], Field(fail_fast=True)] | None = None
 
     async def inspection(
         self, services: Services, model: ModelInfo
@@ -99,7 +100,7 @@ class AttentionBody(SubjectBody):
 
     layer: Place
     head: Literal["all"] | Place | None = None
-    queries: Annotated[list[Place], Field(min_length=1)] | None = None
+    queries: Annotated[list[Place], Field(min_length=1, fail_fast=True)] | None = None
 
     async def inspection(
         self, services: Services, model: ModelInfo

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
+from server.api.body import Body
 from server.services import Shared
 from server.sign_ins import LIFETIME
 
 router = APIRouter()
 
 
-class Login(BaseModel):
+class Login(Body):
     model_config = ConfigDict(extra="forbid")
 
     api_key: Annotated[str, Field(min_length=1, max_length=512)]

@@ -43,10 +43,12 @@ class Block(BaseModel):
     name: FunctionName | None = None
     input: dict[str, Any] | None = None
     tool_use_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    content: Text | Annotated[list[Block], Field(max_length=MAX_MESSAGES)] | None = None
+    content: (
+        Text | Annotated[list[Block], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
 
 
-Content = Text | Annotated[list[Block], Field(max_length=MAX_MESSAGES)]
+Content = Text | Annotated[list[Block], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class Message(BaseModel):
@@ -112,9 +114,9 @@ class OutputConfig(BaseModel):
 
 
 class CountTokensRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Content | None = None
-    tools: list[MessageTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
 

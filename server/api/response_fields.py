@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.engine.request import Grammar
-from server.api.chat import MAX_MESSAGES, ChatMessage, ContentPart
+from server.api.chat import MAX_MESSAGES, ChatMessage, Parts
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.api.session_fields import MAX_TEXT_CHARACTERS, Metadata, Text
 from server.api.structured import schema_grammar
@@ -40,11 +40,11 @@ class InputItem(BaseModel):
 
     type: str | None = Field(default=None, max_length=64)
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Parts | None = None
     call_id: CallId | None = None
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     arguments: Text | None = None
-    output: str | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES)] | None = None
+    output: str | Parts | None = None
 
     def message(self, param: str) -> dict[str, Any] | None:
         """The item as a chat message; None for thoughts, which no prompt has. Raises
@@ -80,7 +80,7 @@ class InputItem(BaseModel):
                 raise InvalidRequest(f"`{param}.{name}` is missing", param=f"{param}.{name}")
 
 
-Items = Annotated[list[InputItem], Field(max_length=MAX_MESSAGES)]
+Items = Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 def messages_of(items: Sequence[InputItem], param: str) -> list[dict[str, Any]]:
@@ -130,6 +130,11 @@ class ResponseTool(BaseModel):
     strict: bool | None = None
 
 
+Includes = Annotated[
+    list[Annotated[str, Field(max_length=64)]], Field(max_length=16, fail_fast=True)
+]
+
+
 class ConversationName(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -144,14 +149,12 @@ class ResponseRequest(SamplingFields):
     store: bool | None = None
     background: bool | None = None
     text: TextConfig | None = None
-    tools: list[ResponseTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     truncation: Literal["disabled", "auto"] | None = None
-    include: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=16)] | None = (
-        None
-    )
+    include: Includes | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     metadata: Metadata | None = None
 

@@ -9,6 +9,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from model.engine.request import Grammar, SamplingParams
+from server.api.body import Body, at_most
 from server.api.structured import GrammarText, ResponseFormat
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.services import Services
@@ -42,7 +43,14 @@ def _as_list(value: object) -> object:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Stops = Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)]
+Stops = Annotated[
+    list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_as_list)
+]
+
+
+LogitBias = dict[
+    Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+]
 
 
 class StreamOptions(BaseModel):
@@ -51,7 +59,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Body):
     """Unknown harmless fields are ignored; those that would change the meaning are refused by
     `refuse`."""
 
@@ -66,17 +74,15 @@ class SamplingFields(BaseModel):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10, allow_inf_nan=False)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
-    logit_bias: (
-        dict[
-            Annotated[int, Field(ge=0)],
-            Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
-        ]
-        | None
-    ) = Field(default=None, max_length=MAX_LOGIT_BIAS)
+    logit_bias: Annotated[LogitBias | None, at_most(MAX_LOGIT_BIAS)] = Field(
+        default=None, max_length=MAX_LOGIT_BIAS
+    )
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     seed: int | None = Field(default=None, ge=-(2**63), le=MAX_SEED)
     stop: Stops | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=64)
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64, fail_fast=True)] | None
+    ) = None
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
     regex: GrammarText | None = None

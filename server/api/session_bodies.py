@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from server.api.chat import MAX_MESSAGES, ChatMessage
+from server.api.body import Body
+from server.api.chat import Messages
 from server.api.session_fields import STRUCTURED, Defaults, Metadata, Text, Title
 from server.errors import InvalidRequest
 from server.services import Services
@@ -16,7 +17,7 @@ from server.store.records import SessionRecord
 TurnId = Annotated[str, Field(pattern=r"^turn_[0-9a-f]{32}$")]
 
 
-class NewSession(BaseModel):
+class NewSession(Body):
     model_config = ConfigDict(extra="forbid")
 
     title: Title | None = None
@@ -26,7 +27,7 @@ class NewSession(BaseModel):
     overflow: Literal["error", "drop_oldest"] | None = None
 
 
-class SessionChange(BaseModel):
+class SessionChange(Body):
     model_config = ConfigDict(extra="forbid")
 
     title: Title | None = None
@@ -73,7 +74,7 @@ class AnswerFields(Defaults):
 
 
 class NewTurn(AnswerFields):
-    input: str | Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Messages
     parent: TurnId | None = None
     answer: bool | None = None
 
@@ -91,7 +92,7 @@ class Regenerate(AnswerFields):
     turn: TurnId | None = None
 
 
-class Continue(BaseModel):
+class Continue(Body):
     model_config = ConfigDict(extra="forbid")
 
     stream: bool | None = None
@@ -99,7 +100,7 @@ class Continue(BaseModel):
     on_busy: OnBusy | None = None
 
 
-class Fork(BaseModel):
+class Fork(Body):
     model_config = ConfigDict(extra="forbid")
 
     at: TurnId | None = None

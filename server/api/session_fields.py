@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from server.api.body import at_most
 from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
 from server.errors import InvalidRequest
 from server.services import Services
@@ -45,6 +46,7 @@ Title = Annotated[str, Field(max_length=1024)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[Any, AfterValidator(_is_value)]],
     Field(max_length=MAX_METADATA),
+    at_most(MAX_METADATA),
 ]
 
 

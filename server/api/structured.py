@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from model.engine.request import MAX_GRAMMAR_BYTES, Grammar
 from server.errors import InvalidRequest
 
-MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_VALUES = 64, MAX_GRAMMAR_BYTES
 
 
 def _is_short(text: str) -> str:
@@ -76,12 +76,18 @@ def schema_grammar(schema: dict[str, Any], param: str) -> Grammar:
 
 
 def check_depth(schema: dict[str, Any], param: str) -> None:
-    """Raises InvalidRequest, naming `param`, for arrays and objects that are nested too deep. No
-    recursion, so that any depth can be told."""
+    """Raises InvalidRequest, naming `param`, for arrays and objects that are nested too deep, or
+    have too many values. No recursion, so that any depth can be told."""
     layer: list[Any] = [schema]
+    num_values = 0
     for _ in range(MAX_SCHEMA_DEPTH):
         inner: list[Any] = []
         for one in layer:
+            num_values += len(one)
+            if num_values > MAX_SCHEMA_VALUES:
+                raise InvalidRequest(
+                    f"`{param}` has more than {MAX_SCHEMA_VALUES} values", param=param
+                )
             children = one.values() if isinstance(one, dict) else one
             inner += [child for child in children if isinstance(child, dict | list)]
         if not inner:

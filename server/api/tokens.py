@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from server.api.chat import MAX_MESSAGES, ChatMessage, check_end, prompt_token_ids
+from server.api.chat import Messages, check_end, prompt_token_ids
 from server.api.tool_fields import ToolFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.prompt import off_loop
@@ -17,7 +17,7 @@ from server.services import Shared
 
 router = APIRouter()
 
-MAX_TOKENS = 1_000_000
+MAX_TEXT_CHARACTERS, MAX_TOKENS = 1 << 20, 1_000_000
 
 
 class TokenizeRequest(ToolFields):
@@ -25,10 +25,8 @@ class TokenizeRequest(ToolFields):
 
     model_config = ConfigDict(extra="ignore")
 
-    text: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
-        None
-    )
+    text: str | None = Field(default=None, max_length=MAX_TEXT_CHARACTERS)
+    messages: Messages | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -49,7 +47,7 @@ class TokenizeRequest(ToolFields):
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_TOKENS)
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_TOKENS, fail_fast=True)
 
 
 @router.post("/tokenize", operation_id="tokenize")
@@ -62,6 +60,7 @@ async def tokenize(body: TokenizeRequest, services: Shared) -> Response:
             body.messages,
             continue_final_message=bool(body.continue_final_message),
             tools=body.tool_use().tools,
+            must_fit=False,
         )
     else:
         text = body.text or ""

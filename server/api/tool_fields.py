@@ -161,7 +161,7 @@ class ToolUse:
 class ToolFields(BaseModel):
     """The fields of chat."""
 
-    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 

@@ -73,6 +73,7 @@ class Tokenizer:
         self.eos_token, eos = self._named(config, "eos_token")
         self.eos_token_ids = self._end_ids(config, generation_config or {}, eos)
         self._prompt_prefix = self._find_prompt_prefix(config)
+        self._most_characters = self._find_most_characters()
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -124,6 +125,10 @@ class Tokenizer:
         prefix = self._prompt_prefix
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
+    def least_tokens(self, num_characters: int) -> int:
+        """How many tokens a text of so many characters has at least."""
+        return 0 if self._most_characters is None else num_characters // self._most_characters
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`, bytes that are not UTF-8 as U+FFFD. Where the tokenizer puts a space
         in front of a text, that one space is taken away again."""
@@ -174,12 +179,23 @@ class Tokenizer:
             return self._variants[prefix, special]
 
     def _ids(self, text: str, encoder: tokenizers.Tokenizer) -> list[int]:
-        try:
-            return encoder.encode(text, add_special_tokens=False).ids
+        try:  # of a batch, since `encode` keeps the GIL, and the event loop waiting
+            return encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:
             raise TokenizerError(
                 "the text holds half of a surrogate pair (U+D800 to U+DFFF), which is no character"
             ) from None
+
+    def _find_most_characters(self) -> int | None:
+        """No token stands for more characters; None where one may stand for any number."""
+        decoders = [step.get("type") for step in _flatten(self._json.get("decoder"), "decoders")]
+        every_byte = decoders == ["ByteLevel"] or self._json["model"].get("byte_fallback")
+        added = self._plain.get_added_tokens_decoder().values()
+        if not every_byte or any(token.lstrip or token.rstrip for token in added):
+            return None
+        longest = max(map(len, [*self.token_bytes, *self._spellings]), default=1)
+        # Normalising may put characters together: as far as Unicode does, four at most.
+        return longest if self._json.get("normalizer") is None else 4 * longest
 
     def _leaks(self, ids: list[int]) -> bool:
         unknown = self.vocab.get(self._json["model"].get("unk_token") or "", -1)
