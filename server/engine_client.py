@@ -50,6 +50,7 @@ Sink = Callable[[TokenOutput], None]
 Found = Inspected | HeadwaterError
 
 UNREADY_AFTER_SECONDS = 3.0  # without a heartbeat
+STUCK_AFTER_SECONDS = 4.0  # without a step, though there is work
 QUERY_SECONDS = 10.0
 
 
@@ -198,6 +199,13 @@ class EngineClient:
             return self.failure or "the engine is stopped"
         if time.monotonic() - self.last_heartbeat > UNREADY_AFTER_SECONDS:
             return "the engine does not answer"
+        return None
+
+    def stuck_reason(self) -> str | None:
+        """Why whoever can choose should ask another server. Requests are taken all the same: a
+        step that takes long ends, and one that hangs is done again by the next engine."""
+        if time.monotonic() - self.last_progress > STUCK_AFTER_SECONDS:
+            return "the engine is long in one step, or hangs"
         return None
 
     def check_ready(self) -> ModelInfo:

@@ -128,6 +128,11 @@ class Generation:
         return self._closing is not None
 
     @property
+    def cancelled(self) -> bool:
+        """Whether it was ended from outside."""
+        return isinstance(self._closing, Done) and self._closing.finish_reason == "abort"
+
+    @property
     def ended(self) -> bool:
         return self._end is not None
 

@@ -1,8 +1,9 @@
 """Idempotency keys: a request that is sent twice is done once.
 
 A key belongs to its owner. The first request with it does the work, the others wait for what it
-made and answer with that; one that fails leaves the key free. What is durable remembers its key in
-the store, in the transaction that makes it, so that it holds across a restart of the server too.
+made and answer with that; one that fails, or that ended since its client left, leaves the key free.
+What is durable remembers its key in the store, in the transaction that makes it, so that it holds
+across a restart of the server too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from server.errors import IdempotencyConflict, InvalidRequest
-from server.events import Done
 from server.generation import Generation
+from server.generations import Generations
 from server.owners import Owner
 from server.store.records import IdempotencyRecord
 from server.store.store import Store
@@ -48,6 +50,7 @@ class _Entry:
     body_hash: str
     created: float
     made: asyncio.Future[Made | None]
+    replaces: bool = False  # what the store still has of the key
 
     @property
     def num_tokens(self) -> int:
@@ -61,8 +64,9 @@ class _Entry:
 class Idempotency:
     """The keys of the last `retention` seconds."""
 
-    def __init__(self, store: Store, retention: float) -> None:
+    def __init__(self, store: Store, generations: Generations, retention: float) -> None:
         self._store = store
+        self._generations = generations
         self._retention = retention
         self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
         self._num_tokens = 0  # when they were last counted, less what was dropped since
@@ -95,7 +99,7 @@ class Idempotency:
                 body_hash=body_hash,
                 target="",
                 created_at=time.time(),
-                replaces_before=time.time() - self._retention,
+                replaces_before=math.inf if entry.replaces else time.time() - self._retention,
             )
         )
         try:
@@ -113,7 +117,7 @@ class Idempotency:
             if entry is None:
                 entry = _Entry(body_hash, time.time(), asyncio.get_running_loop().create_future())
                 self._entries[owner, key] = entry
-                stored = await self._stored(owner, key)
+                stored = await self._stored(owner, key, entry)
                 if stored is None:
                     return None
                 entry.body_hash, entry.created = stored.body_hash, stored.created_at
@@ -123,20 +127,32 @@ class Idempotency:
                     "this `Idempotency-Key` was used with another request; take a new key for each"
                 )
             made = await asyncio.shield(entry.made)
-            if made is not None and not _cancelled(made):
+            if made is not None and not await self._was_left(owner, made):
                 return made
             if self._entries.get((owner, key)) is entry:
                 del self._entries[owner, key]
 
-    async def _stored(self, owner: str, key: str) -> IdempotencyRecord | None:
+    async def _stored(self, owner: str, key: str, entry: _Entry) -> IdempotencyRecord | None:
         try:
             stored = await self._store.idempotent(owner, key)
+            entry.replaces = stored is not None and await self._was_left(owner, stored.target)
         except BaseException:
             self._entries.pop((owner, key)).made.set_result(None)
             raise
         if stored is None or stored.created_at < time.time() - self._retention:
             return None
-        return stored
+        return None if entry.replaces else stored
+
+    async def _was_left(self, owner: str, made: Made) -> bool:
+        """Whether it was ended before its end, and does not outlive its client: nothing came of
+        it that anybody would want a second time."""
+        if not isinstance(made, str):
+            return any(generation.cancelled for generation in made)
+        live = self._generations[made]
+        if live is not None:
+            return live.cancelled and live.durable is not None and live.durable.kind == "response"
+        record = await self._store.generation(owner, made) if made.startswith("gen_") else None
+        return record is not None and (record.kind, record.status) == ("response", "interrupted")
 
     def _forget_old(self) -> None:
         if self._num_looks % LOOKED_AT == 0:
@@ -148,10 +164,3 @@ class Idempotency:
             if entry.made.done() and (full or entry.created < oldest):
                 self._num_tokens -= entry.num_tokens
                 del self._entries[slot]
-
-
-def _cancelled(made: Made) -> bool:
-    """Whether the first request's client left, and nothing came of it."""
-    return isinstance(made, list) and any(
-        isinstance(g.outcome, Done) and g.outcome.finish_reason == "abort" for g in made
-    )

@@ -74,7 +74,7 @@ class _EngineCollector(Collector):
         return max(self._client.num_requests - self._client.stats.num_running, 0)
 
     def _up(self) -> int:
-        return int(self._client.unready_reason() is None)
+        return int((self._client.unready_reason() or self._client.stuck_reason()) is None)
 
 
 class Metrics:

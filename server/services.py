@@ -102,7 +102,7 @@ class Services:
             journal=journal,
             sessions=sessions,
             responses=Responses(store, journal, generations, client, sessions),
-            idempotency=Idempotency(store, settings.stream_retention),
+            idempotency=Idempotency(store, generations, settings.stream_retention),
             inspections=Inspections(client),
             metrics=metrics,
             sampling_defaults=read_sampling_defaults(files.folder),

@@ -237,8 +237,8 @@ class Sessions:
             await self._journal.begin(generation, idempotency=idempotency)
             return generation
 
-    async def set_head(self, owner: Owner, session_id: str, turn_id: str) -> None:
-        """Rewind, or switch to another branch."""
+    async def set_head(self, owner: Owner, session_id: str, turn_id: str | None) -> None:
+        """Rewind (None: to the root), or switch to another branch."""
         async with self.free(owner, session_id, "error") as session:
             await self.path(session, turn_id)
             await self._store.update_session(session.id, head=turn_id, updated_at=time.time())

@@ -118,11 +118,14 @@ class Supervisor:
         closed = asyncio.create_task(channel.closed.wait())
         try:
             while not exited.done() and not closed.done():
+                asleep_since = time.monotonic()
                 await asyncio.wait(
                     {exited, closed},
                     timeout=WATCH_SECONDS,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
+                if time.monotonic() - asleep_since > 2 * WATCH_SECONDS:
+                    continue  # it is this process that stood still: what came meanwhile is unread
                 if not exited.done() and self._hangs():
                     self._client.state = "restarting"  # it may stir while it tells its stacks
                     await self._dump_stacks(engine)

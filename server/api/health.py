@@ -20,8 +20,8 @@ async def health() -> Response:
 
 @router.get("/ready", operation_id="ready")
 async def ready(services: Shared) -> Response:
-    """200 when the engine takes requests, else 503 with the reason."""
-    reason = services.client.unready_reason()
+    """200 when the engine takes requests and does them, else 503 with the reason."""
+    reason = services.client.unready_reason() or services.client.stuck_reason()
     if reason is None:
         return json_response({"status": "ready", "model": services.files.name})
     state = services.client.state

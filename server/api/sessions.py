@@ -115,7 +115,8 @@ async def read_session(
 
 @router.patch("/v1/sessions/{id}", operation_id="change_session")
 async def change_session(id: str, body: SessionChange, services: Shared, owner: Caller) -> Response:
-    """Another title, other metadata or defaults; another head: rewind, or switch branch."""
+    """Another title, other metadata or defaults; another head: rewind (null: to the beginning), or
+    switch branch."""
     record = await services.sessions.get(owner, id)
     given = body.model_fields_set
     fields: dict[str, Any] = {}
@@ -126,7 +127,7 @@ async def change_session(id: str, body: SessionChange, services: Shared, owner: 
     if body.defaults is not None:
         await body.defaults.check(services)
         fields["defaults"] = body.defaults.model_dump(exclude_none=True)
-    if body.head is not None:
+    if "head" in given:
         await services.sessions.set_head(owner, record.id, body.head)
     if fields:
         await services.store.update_session(record.id, **fields, updated_at=time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,34 @@ def test_whoever_leaves_ends_it_but_in_the_background(tiny_server: Server) -> No
         lambda: get(server, background_one)["status"] == "incomplete", 30, "it did not go on"
     )
     server.wait_idle()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_key_of_one_whose_client_left_makes_it_anew(tiny_server: Server, waits: bool) -> None:
+    """What a client sends again since it heard nothing of the end."""
+    body: Json = {"input": "Tell me all", "max_output_tokens": 300, "ignore_eos": True, "seed": 1}
+
+    def ask(count: int = 1 << 30) -> Json:
+        """The response in the last of so many events."""
+        with httpx.stream(
+            "POST",
+            f"{tiny_server.url}/v1/responses",
+            json=body | {"stream": True},
+            headers={"idempotency-key": f"left-{waits}"},
+            timeout=60,
+        ) as answer:
+            assert answer.status_code == 200, answer.read()
+            *_, last = itertools.islice(stream_events(answer), count)
+        response: Json = last.data["response"]
+        return response
+
+    first = ask(1)
+    if waits:  # else it may still be on its way to its end
+        wait_until(lambda: get(tiny_server, first["id"])["status"] == "cancelled", 10, "it goes on")
+    second = ask()
+    assert second["id"] != first["id"]
+    assert (second["status"], second["usage"]["output_tokens"]) == ("incomplete", 300)
+    assert ask() == second
 
 
 def test_responses_are_kept_for_a_while(tiny_model: Path) -> None:

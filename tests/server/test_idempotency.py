@@ -12,10 +12,13 @@ import pytest
 from fastapi import Request
 
 from model.engine.request import SamplingParams
+from server.engine_client import EngineClient
 from server.errors import IdempotencyConflict, InvalidRequest
 from server.events import Done
 from server.generation import Generation
+from server.generations import Generations
 from server.idempotency import Idempotency, Once
+from server.metrics import Metrics
 from server.owners import Owner
 from server.store.errors import StoreConflict
 from server.store.records import SessionRecord
@@ -41,11 +44,17 @@ def request(key: str | None, body: bytes = b"{}", path: str = "/v1/sessions") ->
     return Request({"type": "http", "method": "POST", "path": path, "headers": headers}, receive)
 
 
+def idempotency(store: Store, retention: float = 3600.0) -> Idempotency:
+    client = EngineClient()
+    generations = Generations(client, None, Metrics(client), max_num_seqs=1, max_queue=0)  # type: ignore
+    return Idempotency(store, generations, retention)
+
+
 class Works:
     """Something that makes a session, as a route does, and counts how often."""
 
     def __init__(self, store: Store, retention: float = 3600.0) -> None:
-        self.keys = Idempotency(store, retention)
+        self.keys = idempotency(store, retention)
         self._store = store
         self.count = 0
 
@@ -183,7 +192,7 @@ def test_an_expired_key_stands_for_nothing(store: Store, restarted: bool) -> Non
         stored = await store.idempotent("ann", "k")
         assert stored is not None and stored.target == "sess_1"
         if restarted:
-            works.keys = Idempotency(store, 1e-9)
+            works.keys = idempotency(store, 1e-9)
         assert await works(request("k", body)) == "sess_2"
         stored = await store.idempotent("ann", "k")
         assert stored is not None and stored.target == "sess_2"
@@ -203,7 +212,7 @@ def test_a_key_that_has_not_expired_is_not_replaced(store: Store) -> None:
     async def work() -> None:
         works = Works(store)
         await works(request("k"))
-        async with Idempotency(store, 3600.0).once(request("other"), ANN) as once:
+        async with idempotency(store).once(request("other"), ANN) as once:
             assert once.record is not None
             once.record.key = "k"
             record = SessionRecord(id="sess_9", owner="ann", created_at=1.0, updated_at=1.0)
@@ -245,7 +254,7 @@ def test_a_plain_answer_that_was_cancelled_is_made_again(store: Store, tmp_path:
     tokenizer = Tokenizer.load(tmp_path)
 
     async def work() -> None:
-        keys = Idempotency(store, 3600.0)
+        keys = idempotency(store)
 
         async def ask() -> Any:
             async with keys.once(request("k"), ANN) as once:
@@ -273,7 +282,7 @@ def test_plain_answers_are_kept_as_far_as_their_tokens_take_little_room(
     tokenizer = Tokenizer.load(tmp_path)
 
     async def work() -> None:
-        keys = Idempotency(store, 3600.0)
+        keys = idempotency(store)
         made: list[int] = []
 
         async def ask(key: int, num_tokens: int = 200) -> None:

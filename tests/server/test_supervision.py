@@ -157,6 +157,22 @@ def test_a_hung_engine_is_killed_with_its_stacks_in_the_log(tiny_model: Path) ->
         assert "most recent call first" in server.log
 
 
+def test_an_engine_that_hangs_in_a_step_is_not_ready(tiny_model: Path) -> None:
+    """Its heart goes on beating. What is asked meanwhile is done by the next one."""
+    fatal = 7
+    with serving(str(tiny_model), env={"HEADWATER_FAULT": f"hang:{fatal}"}) as server:
+        assert server.ready()
+        body = {"prompt": [5, fatal], "max_tokens": 4, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+            assert answer.status_code == 200
+            wait_until(lambda: not server.ready(), 6.0, "/ready stays 200")
+            said = httpx.get(f"{server.url}/ready").json()
+            assert (said["status"], "one step" in said["reason"]) == ("unready", True)
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as another:
+                assert another.status_code == 200
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_kill_9_of_the_server_leaves_no_process(tiny_model: Path, stopped: bool) -> None:
     with serving(str(tiny_model)) as server:

@@ -218,6 +218,12 @@ def test_branches_and_the_tree(http: httpx.Client) -> None:
     back = http.patch(f"/v1/sessions/{id}", json={"head": first["id"]}).json()
     assert back["head"] == first["id"]
     assert len(http.get(f"/v1/sessions/{id}").json()["turns"]) == 2
+    begin = http.patch(f"/v1/sessions/{id}", json={"head": None, "title": "Again"}).json()
+    assert (begin["head"], begin["title"]) == (None, "Again")
+    assert http.patch(f"/v1/sessions/{id}", json={"title": None}).json()["head"] is None
+    assert http.get(f"/v1/sessions/{id}").json()["turns"] == []
+    anew = asked(http, id, "Anew", answer=False)
+    assert anew["parent"] is None
     under = asked(http, id, "Three", parent=other["id"], answer=False)
     assert under["parent"] == other["id"]
 
