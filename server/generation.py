@@ -384,14 +384,21 @@ class Generation:
     def has_readers(self) -> bool:
         return bool(self._listeners)
 
-    def delta(self, start: int) -> Delta | None:
-        """The log from `start` tokens on; None where nothing is new."""
-        end = len(self.token_ids)
+    @property
+    def num_readable(self) -> int:
+        """Tokens of the log that readers may see."""
         stored = isinstance(self._end, Done)
-        if self.durable is not None and self.durable.waits is not None and not stored:
-            end = min(end, self.durable.num_stored)
+        if self.durable is None or self.durable.waits is None or stored:
+            return len(self.token_ids)
+        return min(len(self.token_ids), self.durable.num_stored)
+
+    def delta(self, start: int, most: int | None = None) -> Delta | None:
+        """The log from `start` tokens on, `most` tokens of it; None where nothing is new."""
+        end = self.num_readable
         if start >= end:
             return None
+        if most is not None:
+            end = min(end, start + most)
         text = "".join(self.pieces[start:end])
         return Delta(text, self.token_ids[start:end], self.logprobs[start:end], end)
 

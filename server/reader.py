@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from server.events import Done, Event, Paused, Progress, Started
 from server.generation import Generation
 
+TOKENS_AT_ONCE = 256  # of a log that is read from its beginning
+
 
 class _Cursor:
     """How far one reader is in one log."""
@@ -20,6 +22,11 @@ class _Cursor:
         self._admitted = offset is not None
         self._pauses = generation.pauses
         self._progress: Progress | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is more of the log than was taken at once."""
+        return self._offset < self._generation.num_readable
 
     def news(self) -> list[Event]:
         generation = self._generation
@@ -34,10 +41,12 @@ class _Cursor:
         if not self._admitted and (generation.admitted or generation.token_ids):
             self._admitted = True
             events.append(Started())
-        delta = generation.delta(self._offset)
+        delta = generation.delta(self._offset, TOKENS_AT_ONCE)
         if delta is not None:
             self._offset = delta.end
             events.append(delta)
+        if self.is_behind:
+            return events
         end = generation.outcome
         # A reader that is beyond the end is not sent back to it: its stream ends without a word.
         if isinstance(end, Done) and self._offset > len(generation.output_token_ids):
@@ -64,10 +73,13 @@ async def read(
             news.clear()
             batch = [(i, event) for i, cursor in cursors.items() for event in cursor.news()]
             for i, generation in enumerate(generations):
-                if generation.ended:
-                    cursors.pop(i, None)
+                if generation.ended and i in cursors and not cursors[i].is_behind:
+                    del cursors[i]
             if batch:
                 yield batch
+            if any(cursor.is_behind for cursor in cursors.values()):
+                news.set()
+                await asyncio.sleep(0)  # others have their turn
     finally:
         for generation in generations:
             generation.unlisten(news)

@@ -17,12 +17,14 @@ from server.events import Done, Failed
 from server.generation import Generation
 from server.generations import Generations
 from server.owners import Owner
+from server.prompt import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.reader import read
 from server.responses import json_response
 from server.services import Services
 from server.sse import EventStream
 
 GENERATION_ID = re.compile(r"gen_[0-9a-f]{32}")
+TOKENS_PER_LOGPROB = 16  # a token's log-probabilities take as long to tell as the text of so many
 LOWEST_LOGPROB = -9999.0  # how minus infinity is sent: JSON has none
 
 
@@ -128,4 +130,10 @@ async def respond(
         )
     if not await wait_for_all(request, generations, services.generations):
         return Response(status_code=499)
-    return json_response(answer.whole(), headers=headers)
+    size = sum(
+        len(g.token_ids) + TOKENS_PER_LOGPROB * (len(g.logprobs) + len(g.prompt_logprobs))
+        for g in generations
+    )
+    return await off_loop(
+        CHARACTERS_PER_LOGGED_TOKEN * size, lambda: json_response(answer.whole(), headers=headers)
+    )

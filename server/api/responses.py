@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -23,8 +22,6 @@ from server.services import Caller, Services, Shared
 from server.sse import EventStream, comment_frame, event_frame
 
 router = APIRouter()
-
-TOKENS_AT_ONCE = 256  # of a long log that is read again, before others have their turn
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
@@ -160,10 +157,8 @@ async def _frames(
         for _, event in batch:
             match event:
                 case Delta():
-                    for at in range(event.end - len(event.token_ids), event.end):
-                        sent.append(frames(view.fed(walk, at)))
-                        if at % TOKENS_AT_ONCE == 0:
-                            await asyncio.sleep(0)
+                    new = range(event.end - len(event.token_ids), event.end)
+                    sent += [frames(view.fed(walk, at)) for at in new]
                 case Paused():
                     sent.append(comment_frame("the engine is being restarted"))
                 case Done() | Failed():

@@ -422,3 +422,27 @@ def test_what_was_drawn_before_the_server_started_is_not_timed(tokenizer: Tokeni
     generation.replay([5] * 100, [])
     generation.feed(output(5, 5, 5, finish_reason="length"))
     assert (generation.num_output_tokens, generation.num_drawn_here) == (103, 3)
+
+
+def test_a_long_log_is_read_piece_by_piece_and_others_have_their_turn(
+    tokenizer: Tokenizer,
+) -> None:
+    generation = ended(make(tokenizer), [5] * 600)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def collect() -> list[Event]:
+        beside = asyncio.create_task(other())
+        found = [event async for batch in read([generation], 0) for _, event in batch]
+        beside.cancel()
+        return found
+
+    *deltas, last = asyncio.run(collect())
+    assert [delta.end for delta in deltas if isinstance(delta, Delta)] == [256, 512, 600]
+    assert last == Done("length")
+    assert turns >= 2
