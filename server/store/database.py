@@ -143,6 +143,8 @@ def _postgresql(address_of_database: str, address: str | None) -> Database:
             "the store's URL is not one of PostgreSQL; write postgresql://user:password@host/name, "
             "or nothing for SQLite in the data folder"
         )
+    from server.store.postgresql import connect  # it brings psycopg, which SQLite does not need
+
     where = url.set(drivername="postgresql").render_as_string(hide_password=True)
     url = url.set(drivername="postgresql+psycopg")
     arguments: dict[str, Any] = {
@@ -157,6 +159,8 @@ def _postgresql(address_of_database: str, address: str | None) -> Database:
         isolation_level="REPEATABLE READ",  # the statements of one read see the same
         connect_args=arguments,
     )
+    for engine in (writing, reading):
+        event.listen(engine, "do_connect", connect)
     return Database(where, writing, reading, 10.0, address, None)
 
 

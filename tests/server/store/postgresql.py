@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import psycopg
 
 
@@ -50,6 +51,21 @@ class Cluster:
     def stop(self) -> None:
         """As in a crash: nobody is waited for, and nothing is written first."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No process of it does anything."""
+        postmaster = psutil.Process(
+            int((self._folder / "data/postmaster.pid").read_text().split()[0])
+        )
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in reversed(processes):
+                process.resume()
 
     def url(self, database: str) -> str:
         return f"postgresql://headwater@/{database}?host={self._folder}"

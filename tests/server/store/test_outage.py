@@ -98,6 +98,37 @@ async def test_it_stays_away(own_cluster: Cluster, tmp_path: Path) -> None:
         await asyncio.to_thread(store.close)
 
 
+async def test_it_stands_still(
+    own_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sockets are there, and nobody answers."""
+    monkeypatch.setattr("server.store.postgresql.ANSWER_SECONDS", 1.0)
+    database, connection = open_database(own_cluster.make_database(), tmp_path, None)
+    database.patience = 0.5
+    store = Store(database, connection)
+    try:
+        await store.create_session(a_session("before"))
+        assert await store.session("ann", "before") is not None  # a reader has a connection
+        with own_cluster.paused():
+            begun = time.monotonic()
+            for wanted in (store.create_session(a_session("s")), store.session("ann", "before")):
+                with pytest.raises(StoreError, match=r"it does not answer|timeout expired"):
+                    await wanted
+            assert time.monotonic() - begun < 20  # a new connection has its own five seconds
+        deadline = time.monotonic() + 10
+        while True:  # the old connection's end, and the lock's, is seen a moment later
+            try:
+                await store.create_session(a_session("after"))
+                break
+            except StoreError:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+        found, _ = await store.sessions("ann", limit=9)
+        assert {"before", "after"} <= {session.id for session in found}
+    finally:
+        await asyncio.to_thread(store.close)
+
+
 async def test_its_lock_is_taken_by_another(cluster: Cluster, tmp_path: Path) -> None:
     """Once the connection that holds the lock is gone, nothing is written without a new one."""
     url = cluster.make_database()
