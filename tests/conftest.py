@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 # Before torch is imported anywhere: its threads must not spin while other processes want the core.
@@ -15,7 +16,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # No test writes into the home of whoever runs it; started servers get folders of their own.
 os.environ["HEADWATER_DATA"] = tempfile.mkdtemp(prefix="headwater-tests-")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ import pytest
 from tests.fixtures.server import Server, serving
 from tests.fixtures.tiny import make_tiny
 from tests.fixtures.tiny_tokenizer import write_tokenizer
+
+Show = Callable[[str], None]
 
 
 def pytest_sessionfinish() -> None:
@@ -60,3 +63,14 @@ def default_server() -> Iterator[Server]:
     """A real server process with the default model."""
     with serving("smollm2-135m") as server:
         yield server
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str]) -> Show:
+    """Prints a line, past pytest."""
+
+    def write(line: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"\n    {line}")
+
+    return write

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.conftest import Show
 from tests.e2e.listeners import (
     Answer,
     Ask,
@@ -34,19 +34,6 @@ NUM_STREAMS = 16
 POISON = 200  # in the tiny tokenizer a byte that no English text has
 LOADING = -1
 FURTHER = 8
-
-Show = Callable[[str], None]
-
-
-@pytest.fixture
-def show(capsys: pytest.CaptureFixture[str]) -> Show:
-    """Prints a line, past pytest."""
-
-    def write(line: str) -> None:
-        with capsys.disabled():
-            sys.stdout.write(f"\n    {line}")
-
-    return write
 
 
 def undisturbed(server: Server, max_tokens: int, **fields: object) -> list[Answer]:

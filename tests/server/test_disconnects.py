@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
@@ -10,16 +11,20 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from server.store.database import NUM_READERS
 from tests.fixtures.server import Server, serving, wait_until
 
 pytestmark = pytest.mark.alone
 
+Json = dict[str, Any]
 CONCURRENCY = 32
+MESSAGE = {"role": "user", "content": "Tell me of rivers. " * 8}
 
 
 def connect(server: Server) -> socket.socket:
@@ -30,7 +35,7 @@ def connect(server: Server) -> socket.socket:
 def send(sock: socket.socket, **fields: object) -> None:
     body = json.dumps(
         {
-            "messages": [{"role": "user", "content": "Tell me of rivers. " * 8}],
+            "messages": [MESSAGE],
             "ignore_eos": True,
             **fields,
         }
@@ -60,17 +65,19 @@ def test_random_aborts_leave_nothing_behind(server: Server, num_aborts: int) -> 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         list(pool.map(lambda i: abort_somewhere(server, i), range(CONCURRENCY)))
     server.wait_idle()
-    process = psutil.Process(server.process.pid)
+    process, engine = psutil.Process(server.process.pid), server.engine
     wait_until(lambda: len(process.net_connections("tcp")) == 1, 10, "connections are left")
-    fds, threads = process.num_fds(), process.num_threads()
+    fds, threads = descriptors(process), process.num_threads()
+    of_engine = engine.num_fds(), engine.num_threads()
     blocks = server.metric("headwater_blocks", state="referenced", tier="device")
     tasks = server.metric("headwater_asyncio_tasks")
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         list(pool.map(lambda i: abort_somewhere(server, 1000 + i), range(num_aborts)))
     server.wait_idle(2.0)
     assert server.metric("headwater_blocks", state="referenced", tier="device") == blocks == 0
-    wait_until(lambda: process.num_fds() <= fds, 2.0, f"more than {fds} descriptors")
-    assert process.num_threads() <= threads
+    wait_until(lambda: descriptors(process) <= fds, 2.0, f"more than {fds} descriptors")
+    assert process.num_threads() <= threads + NUM_READERS
+    assert (engine.num_fds(), engine.num_threads()) == of_engine
     wait_until(
         lambda: server.metric("headwater_asyncio_tasks") <= tasks, 2.0, f"more than {tasks} tasks"
     )
@@ -82,24 +89,59 @@ def test_random_aborts_leave_nothing_behind(server: Server, num_aborts: int) -> 
     assert said.status_code == 200
 
 
+def descriptors(process: psutil.Process) -> int:
+    """Those that are open, without the store's, whose readers come with the first need."""
+    count = 0
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += "headwater.db" not in str(link.readlink())
+    return count
+
+
 def abort_somewhere(server: Server, seed: int) -> None:
-    """Leave while queued, in the prefill, at a random token, or in the last step."""
+    """End it while it is queued, in the prefill, at a random token, or in the last step: leave, or
+    say so."""
     chooser = random.Random(seed)
+    fields = {
+        "n": chooser.choice([1, 1, 2]),
+        "max_tokens": chooser.choice([1, 5, 40, 200]),
+        "seed": seed,
+    }
+    num_reads = chooser.choice([0, 0, 1, 3, 10])
+    way = chooser.choice(["reset", "reset", "leave", "leave", "delete", "cancel"])
+    if way in ("delete", "cancel"):
+        end_by_a_word(server, way == "cancel", fields | {"n": 1}, num_reads)
+        return
     with connect(server) as sock:
-        send(
-            sock,
-            stream=chooser.random() < 0.5,
-            n=chooser.choice([1, 1, 2]),
-            max_tokens=chooser.choice([1, 5, 40, 200]),
-            seed=seed,
-        )
-        for _ in range(chooser.choice([0, 0, 1, 3, 10])):
+        send(sock, stream=chooser.random() < 0.5, **fields)
+        for _ in range(num_reads):
             if not sock.recv(4096):
                 break
-        if chooser.random() < 0.5:
+        if way == "reset":
             reset(sock)
         else:
             sock.shutdown(socket.SHUT_RDWR)
+
+
+def end_by_a_word(server: Server, in_session: bool, fields: Json, num_reads: int) -> None:
+    """A durable stream, which whoever leaves does not end."""
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        if in_session:
+            session = http.post("/v1/sessions", json={}).json()["id"]
+            path, body = f"/v1/sessions/{session}/turns", {"input": "Tell me of rivers."}
+        else:
+            path, body = "/v1/chat/completions", {"messages": [MESSAGE], "resumable": True}
+        asked = body | fields | {"stream": True, "ignore_eos": True}
+        with http.stream("POST", path, json=asked) as answer:
+            assert answer.status_code == 200, answer.read()
+            for _ in zip(range(num_reads), answer.iter_raw(), strict=False):
+                pass
+        generation = answer.headers["x-headwater-generation"]
+        if in_session:
+            said = http.post(f"/v1/sessions/{session}/cancel")
+            assert said.status_code in (200, 409), said.text  # 409: it had ended
+        else:
+            assert http.delete(f"/v1/streams/{generation}").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
