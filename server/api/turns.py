@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -11,17 +12,21 @@ from starlette.responses import Response
 from server.api.answers import find_generation
 from server.api.session_bodies import Continue, NewTurn, Regenerate
 from server.api.session_shapes import turn_shape
-from server.api.streams import cancelled, stream_response
-from server.errors import Conflict, ServerError
+from server.api.streams import cancelled, event_frames, stream_response
+from server.errors import Conflict, HeadwaterError, ServerError
 from server.events import Failed
 from server.generation import Generation
 from server.owners import Owner
 from server.reader import read
 from server.responses import json_response
 from server.services import Caller, Services, Shared
+from server.sse import EventStream, comment_frame, event_frame
+from server.store.errors import StoreError
 from server.store.records import IdempotencyRecord, TurnRecord
 
 router = APIRouter()
+
+QUIET_SECONDS = 1.0  # a stream that waits longer for its session begins with comments
 
 
 @router.post("/v1/sessions/{id}/turns", operation_id="append_turn")
@@ -54,7 +59,8 @@ async def append_turn(
             idempotency=idempotency,
         )
 
-    return await _answered(services, request, owner, make, stream=bool(body.stream))
+    stream = bool(body.stream) and body.answer is not False
+    return await _answered(services, request, owner, make, stream=stream)
 
 
 @router.post("/v1/sessions/{id}/regenerate", operation_id="regenerate_turn")
@@ -112,18 +118,28 @@ async def _answered(
     """What `make` starts, or what the first request with this key started: the answer's turn once
     it is whole, or its events. It goes on without a reader. A turn that has no answer is told as
     it is."""
-    async with services.idempotency.once(request, owner) as once:
-        if once.made is None:
-            made = await make(once.record)
-            session = f"{made.session}/" if isinstance(made, TurnRecord) else ""
-            once.made = session + made.id
-        assert isinstance(once.made, str)
-        session_id, _, turn_id = once.made.partition("/")
-        if turn_id:
-            record = await services.sessions.get(owner, session_id)
-            turn = (await services.sessions.path(record, turn_id))[-1]
-            return json_response(turn_shape(services, turn))
-        generation = await find_generation(services, owner, once.made)
+
+    async def begin() -> Generation | TurnRecord:
+        async with services.idempotency.once(request, owner) as once:
+            if once.made is None:
+                made = await make(once.record)
+                session = f"{made.session}/" if isinstance(made, TurnRecord) else ""
+                once.made = session + made.id
+            assert isinstance(once.made, str)
+            session_id, _, turn_id = once.made.partition("/")
+            if turn_id:
+                record = await services.sessions.get(owner, session_id)
+                return (await services.sessions.path(record, turn_id))[-1]
+            return await find_generation(services, owner, once.made)
+
+    beginning = asyncio.create_task(begin())
+    if stream:
+        await asyncio.wait({beginning}, timeout=QUIET_SECONDS)
+        if not beginning.done():
+            return _stream_when_begun(services, beginning)
+    generation = await beginning
+    if isinstance(generation, TurnRecord):
+        return json_response(turn_shape(services, generation))
     if stream:
         return stream_response(services, generation, 0)
     async for batch in read([generation], 0):
@@ -136,3 +152,28 @@ async def _answered(
     return json_response(
         turn_shape(services, durable.turn), headers={"x-headwater-generation": generation.id}
     )
+
+
+def _stream_when_begun(
+    services: Services, beginning: asyncio.Task[Generation | TurnRecord]
+) -> Response:
+    """The events of what waits for its session. It is refused by an event, and goes on waiting
+    when its reader leaves."""
+
+    async def frames() -> AsyncIterator[bytes]:
+        yield comment_frame("waiting for the session")
+        try:
+            generation = await asyncio.shield(beginning)
+        except (HeadwaterError, StoreError) as error:
+            if isinstance(error, StoreError):
+                error = ServerError(f"nothing was changed: {error}")
+            services.metrics.errors.labels(error.code).inc()
+            yield event_frame("error", error.body())
+            return
+        assert isinstance(generation, Generation)  # what has no answer has no stream
+        async for frame in event_frames(services, generation, None):
+            yield frame
+
+    # Somebody must look at an error that comes when no reader is there.
+    beginning.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return EventStream(frames(), on_close=lambda: None, send_timeout=services.settings.send_timeout)

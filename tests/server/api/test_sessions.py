@@ -420,6 +420,35 @@ def test_an_idempotency_key(http: httpx.Client, session: str) -> None:
 # --------------------------------------------------------------------------------- conflicts
 
 
+def test_a_stream_that_waits_for_its_session_is_not_silent(
+    http: httpx.Client, tiny_server: Server
+) -> None:
+    id = made(http)
+    body = {"stream": True, "max_tokens": 20, "ignore_eos": True}
+    url = f"/v1/sessions/{id}/turns"
+    waiting = body | {"on_busy": "queue"}
+    with contextlib.ExitStack() as stack:
+        tiny_server.engine.suspend()
+        try:
+            first = stack.enter_context(http.stream("POST", url, json=body | {"input": "Why?"}))
+            second, lost = (
+                stack.enter_context(http.stream("POST", url, json=waiting | fields))
+                for fields in ({"input": "And?"}, {"input": "Or?", "parent": TURN})
+            )
+            for stream in (second, lost):
+                assert stream.status_code == 200
+                assert "x-headwater-generation" not in stream.headers
+        finally:
+            tiny_server.engine.resume()
+        first.read()
+        told = events(second.read().decode())
+        assert [told[0].name, told[-1].name] == ["start", "done"]
+        assert told[0].data["session"] == id
+        (error,) = events(lost.read().decode())
+        assert (error.name, error.data["error"]["code"]) == ("error", "not_found")
+    assert len(http.get(f"/v1/sessions/{id}").json()["turns"]) == 4
+
+
 def test_a_busy_session(http: httpx.Client) -> None:
     id = made(http)
     body = {"input": "Why?", "stream": True, "max_tokens": 400, "ignore_eos": True}
