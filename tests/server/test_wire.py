@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import httpx
@@ -238,6 +239,37 @@ def test_usage_counts_what_the_tokenizer_counts(tiny_server: Server) -> None:
         count = post(tiny_server, "/tokenize", {"messages": messages}).json()["count"]
         answer = post(tiny_server, CHAT, {"messages": messages, "max_tokens": 1}).json()
         assert answer["usage"]["prompt_tokens"] == count
+
+
+def test_usage_counts_what_was_drawn(tiny_server: Server) -> None:
+    """A hundred answers: each token that is shown, and the one that ended it. What is left before a
+    stop string is spelled anew."""
+    chooser = random.Random(3)
+    for seed in range(100):
+        stop = chooser.choice([None, None, ["e"], ["th", "a "]])
+        body = {
+            "messages": [{"role": "user", "content": "river " * chooser.randint(1, 20)}],
+            "max_tokens": chooser.randint(1, 40),
+            "temperature": 1.5,
+            "seed": seed,
+            "stop": stop,
+            "resumable": True,
+        }
+        answer = post(tiny_server, CHAT, body)
+        usage, choice = answer.json()["usage"], answer.json()["choices"][0]
+        stream = httpx.get(
+            f"{tiny_server.url}/v1/streams/{answer.headers['x-headwater-generation']}"
+        )
+        events = [json.loads(line[6:]) for line in stream.text.splitlines() if line[:5] == "data:"]
+        shown = sum(len(event.get("token_ids", ())) for event in events)
+        drawn = usage["completion_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + drawn
+        assert 1 <= drawn <= body["max_tokens"]
+        if choice["finish_reason"] == "length":
+            assert shown == drawn == body["max_tokens"]
+        elif stop is None:
+            assert choice["finish_reason"] == "stop"
+            assert shown == drawn - 1  # the end token has no text
 
 
 def test_tokenize_makes_the_prompt_that_chat_makes(tiny_server: Server) -> None:
