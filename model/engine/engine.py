@@ -208,14 +208,13 @@ class Engine:
             self._step_seconds = seconds
         if self._backing is not None:
             self._backing.copy_some()
-        if self._check_accounting or not self.scheduler.has_work:
+        if self._check_accounting:
             self.scheduler.check()
         outputs = self._take_unsent() + outputs + self._queue_news()
         return StepOutputs(self.epoch, outputs, self.stats())
 
     def idle_report(self) -> StepOutputs:
         """The state, and what aborts left to say: sent when there is nothing to do."""
-        self.scheduler.check()
         return StepOutputs(self.epoch, self._take_unsent(), self.stats())
 
     def write_behind(self) -> float | None:

@@ -34,9 +34,11 @@ from model.engine.messages import (
     frame_length,
     from_engine_decoder,
 )
+from model.engine.process import Channel, Loop
 from model.engine.request import SamplingParams
 from tests.fixtures.tiny import make_tiny
 from tests.model.decoding import read_config
+from tests.model.engine.simulation import make_engine, submit
 
 M = TypeVar("M", bound=FromEngine)
 FATAL = 77
@@ -197,6 +199,21 @@ def test_a_fault_that_is_none_is_told(model: Path, tmp_path: Path) -> None:
     with started(model, tmp_path, "explode:1") as engine:
         assert "HEADWATER_FAULT" in engine.until(EngineFailed).message
         assert engine.process.wait(30) == 1
+
+
+def test_the_accounts_are_checked_once_all_is_said() -> None:
+    engine, _ = make_engine()
+    engine._check_accounting = False  # as in production
+    engine.scheduler.pool._references[-1] = 1  # though it is free
+    submit(engine, "r", [1, 2], max_tokens=1)
+    assert [o.finish_reason for o in engine.step().outputs] == ["length"]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        loop = Loop(Channel(theirs))
+        loop._engine = engine
+        loop._inbox.put(None)
+        with pytest.raises(AssertionError, match="!= total"):
+            loop._wait()
 
 
 def test_an_engine_whose_server_has_gone_leaves_without_a_word() -> None:
