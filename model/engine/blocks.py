@@ -32,6 +32,7 @@ class BlockPool:
             raise ValueError(f"a pool needs at least one block, got {num_blocks}")
         self.num_blocks = num_blocks
         self.num_evictions = 0
+        self.num_releases = 0  # of last references: how often a block became available again
         self._on_evict = on_evict
         self._references = [0] * num_blocks
         self._free = FreeBlocks(num_blocks)
@@ -84,6 +85,7 @@ class BlockPool:
             raise ValueError(f"block {block} is released more often than it was acquired")
         self._references[block] -= 1
         if self._references[block] == 0:
+            self.num_releases += 1
             if keep:
                 self._cached[block] = None
             else:

@@ -87,6 +87,10 @@ class PrefixIndex:
             return None
         return block
 
+    def has(self, key: Key) -> bool:
+        """Whether a block stands for this key; only `find` compares its tokens."""
+        return key in self._block_of
+
     def entry(self, block: int) -> Entry:
         """What an indexed block holds. Raises KeyError for one that is not indexed."""
         return self._entry_of[block]

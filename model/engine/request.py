@@ -81,6 +81,7 @@ class Request:
         "params",
         "prompt_token_ids",
         "report_blocks",
+        "retry_at",
         "root",
         "sampling",
         "token_ids",
@@ -115,7 +116,8 @@ class Request:
         self.block_keys: list[bytes] = []
         self.num_indexed_blocks = 0
         self.num_preempted_blocks = 0  # indexed at a preemption
-        self.waiting_for: bytes | None = None  # the key of a block that another request computes
+        self.waiting_for: bytes | None = None  # the key of the first block that it did not find
+        self.retry_at = 0  # `pool.num_releases` from which on its blocks may be there
         self.arrival = 0
         self.sampling: object = None  # the runner's sampling state of this request
         self.matcher: object = None  # where it is in its grammar, a `grammars.Matcher`

@@ -227,9 +227,14 @@ class Scheduler:
             for request in list(self._waiting):
                 if budget <= 0 or len(self._running) >= self.max_num_seqs:
                     break
-                if self._must_wait(request):
+                if self._waits_for_another(request):
                     continue
-                if not self._admit(request):
+                if self._cannot_fit_yet(request):
+                    break
+                blocks = self._match(request)
+                if self._waits_for_another(request):
+                    continue
+                if not self._admit(request, blocks):
                     break
                 budget -= self._schedule_prefill(request, budget, plan, batch)
 
@@ -303,19 +308,27 @@ class Scheduler:
         )
         return num_tokens
 
-    def _must_wait(self, request: Request) -> bool:
-        """Whether the next block that the request needs is being computed by another one."""
-        if request.waiting_for is not None:
-            if self.index.is_pending(request.waiting_for, request.id):
-                return True
-            request.waiting_for = None
+    def _match(self, request: Request) -> list[int]:
+        """The blocks of its cached prefix; `waiting_for` is the key of the one after them."""
         limit = self._match_limit(request)
         self.index.extend_keys(request.block_keys, request.root, request.token_ids, limit)
-        num_hits = len(self.index.match(request.block_keys, request.token_ids, limit))
-        if num_hits < limit and self.index.is_pending(request.block_keys[num_hits], request.id):
-            request.waiting_for = request.block_keys[num_hits]
-            return True
-        return False
+        blocks = self.index.match(request.block_keys, request.token_ids, limit)
+        request.waiting_for = request.block_keys[len(blocks)] if len(blocks) < limit else None
+        return blocks
+
+    def _waits_for_another(self, request: Request) -> bool:
+        """Whether the first block that it did not find is being computed by another request."""
+        key = request.waiting_for
+        return key is not None and self.index.is_pending(key, request.id)
+
+    def _cannot_fit_yet(self, request: Request) -> bool:
+        """Whether `_admit` refused it, and would again. It would share the blocks of its prefix
+        that others have, and take the rest from those that are available. Both together become
+        more only when a block is released, or one is filed that continues its prefix: one that
+        somebody takes to share it is no longer available."""
+        if self.pool.num_releases >= request.retry_at:
+            return False
+        return request.waiting_for is None or not self.index.has(request.waiting_for)
 
     def _match_limit(self, request: Request) -> int:
         """Blocks that may be hit: at least one token is always computed, to have its logits."""
@@ -323,17 +336,18 @@ class Scheduler:
             return 0
         return (len(request.token_ids) - 1) // self.block_size
 
-    def _admit(self, request: Request) -> bool:
+    def _admit(self, request: Request, blocks: list[int]) -> bool:
         """Move a waiting request to the running ones, with the blocks of its cached prefix; False
         when the pool has no room for its whole sequence now."""
-        limit = self._match_limit(request)
-        blocks = self.index.match(request.block_keys, request.token_ids, limit)
-        needed = -(-(len(request.token_ids) + 1) // self.block_size) - len(blocks)
-        idle_hits = sum(1 for block in blocks if self.pool.references(block) == 0)
-        if needed > self.pool.num_available - idle_hits:
+        num_needed = -(-(len(request.token_ids) + 1) // self.block_size)
+        num_shared = sum(1 for block in blocks if self.pool.references(block))
+        num_lacking = num_needed - num_shared - self.pool.num_available
+        if num_lacking > 0:
+            request.retry_at = self.pool.num_releases + num_lacking
             return False
         for block in blocks:
             self.pool.acquire(block)
+        request.waiting_for = None
         request.block_table = blocks
         request.num_indexed_blocks = len(blocks)
         request.num_computed_tokens = len(blocks) * self.block_size

@@ -3,12 +3,14 @@
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.engine.messages import RequestError, Submit
 from model.engine.prefill_clock import PrefillClock
-from model.engine.request import SamplingParams
+from model.engine.prefix import PrefixIndex
+from model.engine.request import Request, SamplingParams
 from model.engine.scheduler import Scheduler
 from tests.model.engine.simulation import (
     END,
@@ -310,6 +312,71 @@ def test_a_thousand_random_loads_over_a_small_pool_all_finish() -> None:
 def _check_prefix(token_ids: list[int], answer: list[int]) -> None:
     for token_id in token_ids:
         assert answer.pop(0) == token_id
+
+
+def test_what_did_not_fit_is_looked_up_again_when_it_may_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lookups = []
+    match = PrefixIndex.match
+
+    def counted(index: PrefixIndex, keys: list[bytes], *others: Any) -> list[int]:
+        lookups.append(len(keys))
+        return match(index, keys, *others)
+
+    monkeypatch.setattr(PrefixIndex, "match", counted)
+    engine, _ = make_engine(num_blocks=8, block_size=4)
+    submit(engine, "old", prompt_without_end(9, 10), max_tokens=10)
+    engine.step()
+    submit(engine, "large", prompt_without_end(21, 1, seed=1), max_tokens=1)
+    lookups.clear()
+    for _ in range(8):
+        engine.step()
+    assert lookups == [5]
+    assert engine.stats().num_waiting == 1
+    engine.step()  # the last one of "old"
+    assert [o.request_id for o in engine.step().outputs] == ["large"]
+    assert lookups == [5, 5]
+
+
+def test_what_is_not_looked_up_again_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over random loads of prompts that share prefixes with what others say, with aborts."""
+    passed_over = 0
+    cannot_fit_yet = Scheduler._cannot_fit_yet
+
+    def checked(scheduler: Scheduler, request: Request) -> bool:
+        nonlocal passed_over
+        refused = cannot_fit_yet(scheduler, request)
+        if refused:
+            passed_over += 1
+            limit = scheduler._match_limit(request)
+            blocks = scheduler.index.match(request.block_keys, request.token_ids, limit)
+            num_shared = sum(scheduler.pool.references(block) > 0 for block in blocks)
+            num_needed = len(request.token_ids) // scheduler.block_size + 1
+            assert num_needed > num_shared + scheduler.pool.num_available
+        return refused
+
+    monkeypatch.setattr(Scheduler, "_cannot_fit_yet", checked)
+    chooser = random.Random(3)
+    for _ in range(500):
+        engine, _ = make_engine(
+            num_blocks=chooser.choice([6, 8, 12]), block_size=chooser.choice([1, 2, 4])
+        )
+        limit = engine.scheduler.max_model_len
+        texts: list[list[int]] = [[]]
+        for i in range(15):
+            start = chooser.choice(texts)
+            prompt = start[: chooser.randrange(limit)]
+            prompt += [chooser.randrange(3) for _ in range(chooser.randrange(1, limit))]
+            params = SamplingParams(max_tokens=8, prompt_logprobs=chooser.random() < 0.2)
+            engine.submit(Submit(f"r{i}", prompt[: limit - 2], params))
+            for _ in range(chooser.randrange(8)):
+                engine.step()
+            texts = [r.token_ids for r in engine.scheduler._requests.values()] or [[]]
+            if chooser.random() < 0.2:
+                engine.abort([f"r{chooser.randrange(i + 1)}"])
+        run_to_end(engine, max_steps=1000)
+    assert passed_over > 1000
 
 
 def test_the_budget_must_let_everybody_decode() -> None:
