@@ -206,8 +206,9 @@ class Scheduler:
         batch = ScheduledBatch()
         budget = self.max_num_batched_tokens
 
-        for request in [r for r in self._running if r.num_uncomputed_tokens == 1]:
-            if request in self._running and self._grow(request, 1, plan, batch):
+        # The two loops over those that run may preempt, which only shortens the list at its end.
+        for request in self._running:
+            if request.num_uncomputed_tokens == 1 and self._grow(request, 1, plan, batch):
                 plan[request.id] = ScheduledSequence(
                     request, request.num_computed_tokens, 1, samples=True
                 )
@@ -217,10 +218,10 @@ class Scheduler:
         self._restore_until = None
         self._restore_seconds = RESTORE_SECONDS_BESIDE_DECODES if plan else RESTORE_SECONDS
 
-        for request in [r for r in self._running if r.num_uncomputed_tokens > 1]:
+        for request in self._running:
             if budget <= 0:
                 break
-            if request in self._running:
+            if request.num_uncomputed_tokens > 1:
                 budget -= self._schedule_prefill(request, budget, plan, batch)
 
         if not batch.stopped:
@@ -426,11 +427,10 @@ class Scheduler:
             if block is not None:
                 request.block_table.append(block)
                 continue
-            youngest = self._running[-1]
-            if youngest is request and len(self._running) == 1:
+            if self._running == [request]:
                 batch.stopped.append(request)
                 return False
-            self._preempt(youngest)
+            youngest = self._preempt()
             plan.pop(youngest.id, None)
             if youngest is request:
                 return False
@@ -438,14 +438,16 @@ class Scheduler:
             request.block_table[num_kept:] = sorted(request.block_table[num_kept:])
         return True
 
-    def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
+    def _preempt(self) -> Request:
+        """Send the youngest running request back to the queue."""
+        request = self._running.pop()
         self._release(request)
         request.num_preempted_blocks = len(request.known_keys)
         request.num_computed_tokens = 0
         request.num_indexed_blocks = 0
         self._waiting.appendleft(request)
         self.num_preemptions += 1
+        return request
 
     def _release(self, request: Request) -> None:
         self.index.withdraw(request.block_keys[request.num_indexed_blocks :], request.id)
