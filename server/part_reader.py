@@ -59,7 +59,8 @@ class PartReader:
 
     def read(self, end: int) -> tuple[AnswerPart, list[TokenLogprob]]:
         """What the tokens up to `end` show that was not shown before."""
-        self._feed(min(end, self._after))
+        if self._shown.num_fed < self._after:
+            self._feed(min(end, self._after))
         return self._feed(end)
 
     def finish(self) -> tuple[AnswerPart, list[TokenLogprob]]:
