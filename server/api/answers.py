@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 from fastapi import Request
 from starlette.responses import Response
 
+from server.api.leaving import unless_left
 from server.api.sampling import SamplingFields
 from server.errors import NotFound, StreamExpired
 from server.events import Done, Failed
@@ -77,27 +77,16 @@ async def wait_for_all(
     """Wait until all have ended. False when the client left first: they are cancelled then, and
     so are the others when one fails. Raises the error of the first that failed."""
 
-    async def ended() -> None:
+    async def ended() -> bool:
         async for batch in read(generations):
             for _, event in batch:
                 if isinstance(event, Failed):
                     raise event.error
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(ended()), asyncio.create_task(left())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            return False
-        tasks[0].result()
         return True
+
+    try:
+        return await unless_left(request, ended()) is not None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         service.leave(generations)
 
 

@@ -30,6 +30,7 @@ from server.api.inspect_shapes import (
     InspectModel,
     InspectTokens,
 )
+from server.api.leaving import unless_left
 from server.owners import Owner
 from server.prompt import off_loop
 from server.responses import json_response
@@ -141,23 +142,10 @@ async def _answer(
 ) -> Response:
     """Look, and `tell` what was found. When the client leaves first, that ends the inspection, and
     the 499 that is then 'answered' shows in the log only. Raises what `Inspections.run` raises."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
     ids, what = await body.inspection(services, services.client.check_ready())
-    looking = asyncio.create_task(services.inspections.run(owner, ids, what))
-    leaving = asyncio.create_task(left())
-    try:
-        await asyncio.wait({looking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not looking.done():
-            return Response(status_code=499)
-        parts = looking.result()
-    finally:
-        looking.cancel()
-        leaving.cancel()
-        await asyncio.gather(looking, leaving, return_exceptions=True)
+    parts = await unless_left(request, services.inspections.run(owner, ids, what))
+    if parts is None:
+        return Response(status_code=499)
     return await asyncio.to_thread(
         lambda: json_response(tell(services.tokenizer, ids, what, parts))
     )
