@@ -33,7 +33,6 @@ def examine() -> int:
         _cpu(),
         _memory(),
         _disk(),
-        _compiler(),
         _kernels(),
         _gpu(),
         _model(),
@@ -110,23 +109,15 @@ def _disk() -> Finding:
     return "ok", "disk", found, ""
 
 
-def _compiler() -> Finding:
-    for name in ("g++", "clang++"):
-        path = shutil.which(name)
-        if path is not None:
-            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-            return "ok", "C++ compiler", said.stdout.split("\n")[0], ""
-    return "note", "C++ compiler", "none", "install g++ (apt-get install g++)"
-
-
 def _kernels() -> Finding:
     """Asked of a process of its own, which compiles them where that was not done yet."""
     command = [sys.executable, "-P", "-m", "model.ops.kernels"]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     if said.returncode == 0:
-        return "ok", "CPU kernels", said.stdout.strip(), ""
+        instruction_set, compiler = said.stdout.splitlines()
+        return "ok", "CPU kernels", f"{instruction_set}, made with {compiler}", ""
     reason = (said.stderr.strip().splitlines() or ["no reason given"])[-1]
-    what_to_do = textwrap.shorten(reason, 60, placeholder=" ...")
+    what_to_do = textwrap.shorten(reason, 80, placeholder=" ...")
     return "note", "CPU kernels", "none: torch is used, much slower", what_to_do
 
 

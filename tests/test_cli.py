@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.hub.cache import cache_folder
+from model.ops.kernels import find_compiler
 from tests.fixtures.server import Server, headwater, wait_until
 from tests.model.hub.hub_files import write_gguf
 
@@ -448,9 +449,25 @@ def test_pull_of_a_folder(tiny_model: Path, cache: Path) -> None:
 def test_doctor() -> None:
     result = command("doctor")
     assert (result.returncode, result.stderr) == (0, "")
-    for word in ("Python", "torch 2.", "CPU", "memory", "disk", "C++ compiler", "GPU"):
-        assert word in " ".join(result.stdout.split()), word
-    assert "headwater pull" in result.stdout  # this test's cache is empty
+    said = " ".join(result.stdout.split())
+    for word in ("Python", "torch 2.", "CPU", "memory", "disk", f"with {find_compiler()}", "GPU"):
+        assert word in said, word
+    assert "headwater pull" in said  # this test's cache is empty
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        (find_compiler, "made with {}: "),
+        (lambda: shutil.which("false"), "{} cannot compile the kernels"),
+        (lambda: "", "no C++ compiler is installed; install g++ (apt-get install g++)"),
+    ],
+    ids=["the one", "one that is none", "none"],
+)
+def test_doctor_tells_which_compiler_is_used(compiler: Callable[[], str], words: str) -> None:
+    result = command("doctor", CXX=compiler(), PATH="/nowhere")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert words.format(compiler()) in " ".join(result.stdout.split())
 
 
 def test_bench(tiny_server: Server) -> None:

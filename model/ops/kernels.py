@@ -46,10 +46,12 @@ class NoKernels(Exception):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library. `id` is the hash of all that could change a bit of a result."""
+    """The loaded library. `compiler` is the path of the one that made it and what it says of
+    itself; `id` is the hash of all that could change a bit of a result."""
 
     library: ctypes.CDLL
     instruction_set: str
+    compiler: str
     id: str
 
 
@@ -72,7 +74,8 @@ def load(instruction_set: str = "best") -> Kernels:
     if not path.exists():
         _compile(compiler, flags, path)
     library = _declare(ctypes.CDLL(str(path)))
-    return Kernels(library, library.hw_instruction_set().decode(), digest)
+    said = f"{compiler}: {version.partition(chr(10))[0]}"
+    return Kernels(library, library.hw_instruction_set().decode(), said, digest)
 
 
 def find_compiler() -> str:
@@ -101,10 +104,11 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
 
 
 def main() -> None:
-    """`python -m model.ops.kernels`: the instruction set in use on stdout; exit code 1 and the
-    reason on stderr where there is none."""
+    """`python -m model.ops.kernels`: the instruction set in use on stdout, and in a second line the
+    compiler; exit code 1 and the reason on stderr where there is none."""
     try:
-        sys.stdout.write(load().instruction_set + "\n")
+        kernels = load()
+        sys.stdout.write(f"{kernels.instruction_set}\n{kernels.compiler}\n")
     except NoKernels as error:
         raise SystemExit(str(error)) from None
 
