@@ -51,10 +51,6 @@ class BlockPool:
         """Blocks that `allocate` can still give."""
         return len(self._free) + len(self._cached)
 
-    @property
-    def num_referenced(self) -> int:
-        return self.num_blocks - self.num_available
-
     def allocate(self, after: int | None = None) -> int | None:
         """A block with one reference, the one behind `after` where that can be had, evicting the
         oldest cached one if none is free; None when every block is referenced."""

@@ -48,12 +48,6 @@ class RawTensor:
         shape = (rows.numel(), *self.shape[1:])
         return replace(self, shape=shape, data=self.data.index_select(0, rows))
 
-    def slice_rows(self, start: int, stop: int) -> RawTensor:
-        """The rows start .. stop - 1, still packed (a view). Raises ValueError out of bounds."""
-        if not 0 <= start < stop <= self.shape[0]:
-            raise ValueError(f"{self.name} has {self.shape[0]} rows, not {start} .. {stop}")
-        return replace(self, shape=(stop - start, *self.shape[1:]), data=self.data[start:stop])
-
     def to_torch(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """The values, [shape], in memory of their own."""
         out = torch.empty(self.shape, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ def test_release_makes_a_block_free_or_cached() -> None:
     assert a is not None and b is not None
     pool.release(a, keep=True)
     pool.release(b, keep=False)
-    assert (pool.num_free, pool.num_cached, pool.num_referenced) == (2, 1, 0)
+    assert (pool.num_free, pool.num_cached) == (2, 1)
     pool.check()
 
 
@@ -31,9 +31,9 @@ def test_a_shared_block_is_back_with_the_last_release() -> None:
     assert a is not None
     pool.acquire(a)
     pool.release(a, keep=True)
-    assert pool.num_referenced == 1
+    assert pool.num_available == 2
     pool.release(a, keep=True)
-    assert (pool.num_referenced, pool.num_cached) == (0, 1)
+    assert (pool.num_available, pool.num_cached) == (3, 1)
 
 
 def test_eviction_takes_the_least_recently_used_and_only_when_none_is_free() -> None:
