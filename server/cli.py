@@ -1,4 +1,4 @@
-"""headwater serve | pull | run | resume | bench | explain | key | doctor"""
+"""headwater serve | pull | run | bench | chat | resume | explain | key | doctor"""
 
 from __future__ import annotations
 

@@ -96,7 +96,9 @@ class Metrics:
             registry=self.registry,
         )
         self.aborts = Counter(
-            "headwater_aborts", "Generations whose client left.", registry=self.registry
+            "headwater_aborts",
+            "Generations that were cancelled, or whose client left.",
+            registry=self.registry,
         )
         self.restarts = Counter(
             "headwater_engine_restarts", "Engine processes that died.", registry=self.registry

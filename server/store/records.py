@@ -82,8 +82,8 @@ class GenerationRecord:
 
     `resumed_token_ids` are output tokens that an earlier generation of the same turn drew. A
     `response` ends with its client; what else has a session goes on. `params` are opaque bytes,
-    `extra` is what else a resumption needs (stop strings, the seed). `crashes` counts the engine
-    deaths that it was running at."""
+    `extra` is what else a resumption needs: stop strings, tokenizer, model and markup. `crashes`
+    counts the engine deaths that it was running at."""
 
     id: str
     owner: str
