@@ -17,7 +17,7 @@ from pathlib import Path
 from model.engine.backing import Backing
 from model.engine.block_file import BlockFormat
 from model.engine.engine import Engine
-from model.engine.messages import RequestError, Submit, TokenLogprob
+from model.engine.messages import RequestError, StepOutputs, Submit, TokenLogprob
 from model.engine.request import SamplingParams
 from model.engine.scheduler import ScheduledBatch, Scheduler
 from model.engine.tiers import DiskTier
@@ -156,6 +156,21 @@ def disk_tier(folder: Path, block_size: int = 4, budget_blocks: int = 1000) -> D
     )
 
 
+class WatchedEngine(Engine):
+    """Raises when requests wait and none runs in more than three steps on end."""
+
+    _num_idle_steps = 0
+
+    def step(self, drain: Callable[[], None] = lambda: None) -> StepOutputs:
+        num_steps = self._steps  # those in which somebody ran, maybe to its end
+        outputs = super().step(drain)
+        stats = outputs.stats
+        idle = stats.num_waiting > 0 and stats.num_running == 0 and stats.steps == num_steps
+        self._num_idle_steps = self._num_idle_steps + 1 if idle else 0
+        assert self._num_idle_steps <= 3, f"{stats.num_waiting} requests wait, and none runs"
+        return outputs
+
+
 def make_engine(
     *,
     num_blocks: int = 8,
@@ -178,7 +193,7 @@ def make_engine(
         backing=backing,
         clock=StepClock(),
     )
-    engine = Engine(
+    engine = WatchedEngine(
         scheduler,
         runner,
         vocab_size=VOCAB,

@@ -292,10 +292,14 @@ def test_an_id_that_runs_already_is_refused_and_the_first_goes_on() -> None:
     assert "same" in engine.scheduler
 
 
-def test_a_thousand_random_loads_over_a_small_pool_all_finish() -> None:
+def test_a_thousand_random_loads_over_a_small_pool_all_finish(tmp_path: Path) -> None:
+    """Every tenth one with a disk tier, which has what the others of its block size left there."""
     chooser = random.Random(1)
+    num_disk_tokens = 0
     for trial in range(1000):
-        engine, _ = make_engine(num_blocks=8, block_size=chooser.choice([1, 2, 4]))
+        size = chooser.choice([1, 2, 4])
+        disk = None if trial % 10 else disk_tier(tmp_path / str(size), size, budget_blocks=20)
+        engine, _ = make_engine(num_blocks=8, block_size=size, disk=disk)
         limit = engine.scheduler.max_model_len
         expected = {}
         for i in range(chooser.randrange(1, 7)):
@@ -307,6 +311,9 @@ def test_a_thousand_random_loads_over_a_small_pool_all_finish() -> None:
                     _check_prefix(output.token_ids, expected[output.request_id])
         run_to_end(engine, max_steps=400)
         assert engine.scheduler.pool.num_available == 8, f"trial {trial}"
+        num_disk_tokens += engine.stats().disk_tokens
+        engine.close()
+    assert num_disk_tokens > 100
 
 
 def _check_prefix(token_ids: list[int], answer: list[int]) -> None:

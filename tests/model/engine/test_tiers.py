@@ -24,6 +24,7 @@ from model.engine.request import SamplingParams
 from model.engine.tiers import DiskTier, TierUnavailable
 from tests.fixtures.spoilt import WAYS, spoilt
 from tests.fixtures.tiny import make_tiny
+from tests.model.decoding import make_tokens
 from tests.model.engine.simulation import (
     ROOT,
     disk_tier,
@@ -619,3 +620,36 @@ def test_a_restored_block_is_bit_for_bit_a_computed_one(tmp_path: Path, ops: str
     assert warm.token_ids == cold.token_ids
     if info.reproducible:
         assert warm.logprobs == cold.logprobs
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 47, 48, 49])
+@pytest.mark.parametrize("ops", ["native", "reference"])
+def test_wherever_the_blocks_of_a_prompt_are_its_answer_is_the_same(
+    tmp_path: Path, ops: str, length: int
+) -> None:
+    """Lengths around the end of a block of 16."""
+    if ops == "native" and shutil.which("g++") is None:
+        pytest.skip("the kernels need a compiler")
+    model = make_tiny("llama", tmp_path / "model")
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    prompt = make_tokens(length, seed=length)
+    full = (length - 1) // 16 * 16
+
+    def ask() -> tuple[list[int], int, int]:
+        answer = run_one(engine, prompt, params)
+        return answer.token_ids, answer.num_reused_tokens, answer.num_disk_tokens
+
+    engine, _ = load(model, ops=ops, disk=tmp_path / "kv")
+    tokens, *found = ask()
+    assert found == [0, 0]
+    assert ask() == (tokens, full, 0)
+    while engine.write_behind() is not None:
+        pass
+    pool = engine.scheduler.pool
+    pool.make_free(pool.num_blocks)
+    assert ask() == (tokens, full, full)
+    engine.close()
+    engine, _ = load(model, ops=ops, disk=tmp_path / "kv")
+    assert ask() == (tokens, full, full)
+    assert ask() == (tokens, full, 0)
+    engine.close()
