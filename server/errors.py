@@ -11,6 +11,7 @@ HeadwaterError
 |  |  |- SessionBusy         409  session_busy  (with x-should-retry: false)
 |  |  `- IdempotencyConflict 409  idempotency_conflict
 |  |- RequestTooLarge       413  request_too_large
+|  |  `- HeadersTooLarge    431  request_too_large
 |  `- UnsupportedMediaType  415  unsupported_media_type
 |- AuthenticationError      401  invalid_api_key  (with WWW-Authenticate)
 |- PermissionDenied         403  forbidden
@@ -122,6 +123,10 @@ class MethodNotAllowed(InvalidRequest):
 class RequestTooLarge(InvalidRequest):
     status = 413
     default_code = "request_too_large"
+
+
+class HeadersTooLarge(RequestTooLarge):
+    status = 431
 
 
 class UnsupportedMediaType(InvalidRequest):

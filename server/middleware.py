@@ -18,6 +18,11 @@ log = structlog.get_logger()
 MAX_BODY_BYTES = 8 * 1024 * 1024
 
 
+def new_request_id() -> str:
+    """What an answer has as `x-request-id`."""
+    return f"req_{secrets.token_hex(16)}"
+
+
 class RequestGate:
     """The outermost layer: gives every answer an `x-request-id`, refuses bodies that are too large
     (413) or not JSON (415), reads an empty one as `{}`, and logs and counts what was answered.
@@ -31,7 +36,7 @@ class RequestGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req_{secrets.token_hex(16)}"
+        request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.monotonic()
         status = 0

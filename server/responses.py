@@ -14,7 +14,12 @@ from server.errors import HeadwaterError, InvalidRequest
 
 _encoder = msgspec.json.Encoder()
 
-_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 500: "api_error"}
+_ANTHROPIC_TYPES = {
+    404: "not_found_error",
+    413: "request_too_large",
+    431: "request_too_large",
+    500: "api_error",
+}
 
 
 def json_response(

@@ -45,6 +45,7 @@ async def _listen(
     import uvicorn
 
     from server.app import begin_drain
+    from server.connection import Connection
 
     services = application.state.services
     client = services.client
@@ -54,6 +55,7 @@ async def _listen(
     )
     config = uvicorn.Config(
         application,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
