@@ -1,24 +1,29 @@
-"""One connection: uvicorn's, with a bound on the headers.
+"""One connection: uvicorn's, with bounds on the headers and on the time that a request takes to
+arrive.
 
 What never becomes a request that the application could answer is answered here, in the shape of
-all errors, and the connection ends.
+all errors, and the connection ends. A request that is here whole may be answered as slowly as it
+needs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http
 from typing import Any
 
 import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import HeadersTooLarge, HeadwaterError, InvalidRequest
+from server.errors import HeadersTooLarge, HeadwaterError, InvalidRequest, RequestTimeout
 from server.middleware import new_request_id
 from server.responses import error_response
 
 log = structlog.get_logger()
 
 MAX_HEAD_BYTES = 64 * 1024
+HEAD_SECONDS = 10.0  # for the headers, however steadily they drip
+BODY_SECONDS = 30.0  # between two pieces of a body
 LINGER_SECONDS = 2.0
 
 
@@ -29,7 +34,19 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_body = False  # the headers are there, the end of the body is not
         self._unparsed = 0  # bytes since the parser had something whole; all are kept in memory
+        self._clock: asyncio.TimerHandle | None = None  # runs while a request arrives
         self._fault: HeadwaterError | None = None  # nothing is read after it
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # Who says nothing at all is as one who says nothing more, who has less time.
+        self.timeout_keep_alive_task = self.loop.call_later(
+            HEAD_SECONDS, self.timeout_keep_alive_handler
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._fault is not None:
@@ -38,6 +55,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self._unparsed > MAX_HEAD_BYTES:  # also chunk extensions and trailers
             self._refuse(_headers_too_large())
+        self._set_clock()
 
     # ------------------------------------------------------------------- what the parser calls
 
@@ -52,6 +70,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(_headers_too_large())
             raise ValueError("too large")  # so the parser stops
         self._in_body = True
+        self._stop_clock()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -61,7 +80,36 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._unparsed = 0
         self._in_body = False
+        self._stop_clock()
         super().on_message_complete()
+
+    # ------------------------------------------------------------------------------- the clock
+
+    def _set_clock(self) -> None:
+        """After something came. What comes of a body that is answered already gains no time."""
+        answered = self.cycle is None or self.cycle.response_complete
+        if self._in_body and not answered:
+            self._stop_clock()
+        if self._clock is None and (self._in_body or answered) and self._fault is None:
+            self._start_clock()
+
+    def _start_clock(self) -> None:
+        seconds = BODY_SECONDS if self._in_body else HEAD_SECONDS
+        self._clock = self.loop.call_later(seconds, self._ring)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _ring(self) -> None:
+        self._clock = None
+        if self.flow.read_paused:  # it is we who let it wait
+            self._start_clock()
+        elif self._in_body:
+            self._refuse(RequestTimeout(f"nothing more of the body came for {BODY_SECONDS:g} s"))
+        else:
+            self._refuse(RequestTimeout(f"the headers did not end within {HEAD_SECONDS:g} s"))
 
     # --------------------------------------------------------------------- how it ends in a fault
 
@@ -76,6 +124,7 @@ class Connection(HttpToolsProtocol):
         """End the connection with that error, after the answers to what came before."""
         if self._fault is None and not self.transport.is_closing():
             self._fault = error
+            self._stop_clock()
             log.info("request_refused", status=error.status, reason=error.message)
             self._tell_fault()
 

@@ -7,6 +7,7 @@ HeadwaterError
 |  |- NotFound              404  not_found
 |  |  `- StreamExpired      404  stream_expired
 |  |- MethodNotAllowed      405  invalid_value
+|  |- RequestTimeout        408  invalid_value
 |  |- Conflict              409  invalid_value
 |  |  |- SessionBusy         409  session_busy  (with x-should-retry: false)
 |  |  `- IdempotencyConflict 409  idempotency_conflict
@@ -118,6 +119,10 @@ class IdempotencyConflict(Conflict):
 
 class MethodNotAllowed(InvalidRequest):
     status = 405
+
+
+class RequestTimeout(InvalidRequest):
+    status = 408
 
 
 class RequestTooLarge(InvalidRequest):

@@ -56,6 +56,7 @@ async def _listen(
     config = uvicorn.Config(
         application,
         http=Connection,
+        ws="none",  # no route takes one, and they would be without the bounds of a Connection
         log_config=None,
         access_log=False,
         server_header=False,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import select
 import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvicorn
 
-from server.connection import MAX_HEAD_BYTES
-from tests.fixtures.server import Server
+from server import connection
+from server.connection import MAX_HEAD_BYTES, Connection
+from tests.fixtures.server import Server, wait_until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = (
@@ -20,7 +26,7 @@ POST = (
 PIECE = b"x" * 65536
 
 
-def connect(server: Server) -> socket.socket:
+def connect(server: Server | Quick) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=30)
 
@@ -52,6 +58,66 @@ def refused(answer: bytes, status: int, code: str) -> str:
     error: dict[str, Any] = json.loads(body)["error"]
     assert error["code"] == code
     return str(error["message"])
+
+
+class Quick:
+    """A server whose limits of time are short. Its application reads the body, says so, and ends
+    its answer when it is told to `go_on`. At /deaf it reads nothing before that, and at /early
+    it answers without the body."""
+
+    def __init__(self) -> None:
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
+        config = uvicorn.Config(
+            self._app, interface="asgi3", http=Connection, lifespan="off", log_config=None
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=asyncio.run, args=[self._serve()])
+        self._ready = threading.Event()
+        self.received: list[Any] = []
+
+    async def _serve(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._server._serve(sockets=[self._sock])
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/deaf":
+            await self._event.wait()
+        while scope["path"] != "/early":
+            self.received.append(message := await receive())
+            if message["type"] == "http.disconnect":
+                return
+            if not message["more_body"]:
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"read", "more_body": True})
+        if scope["path"] != "/early":
+            await self._event.wait()
+        await send({"type": "http.response.body", "body": b"done"})
+
+    def go_on(self) -> None:
+        self._loop.call_soon_threadsafe(self._event.set)
+
+    def __enter__(self) -> Quick:
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on()
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._sock.close()
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[Quick]:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(connection, "BODY_SECONDS", 0.4)
+    with Quick() as server:
+        yield server
 
 
 # ---------------------------------------------------------------------------------- headers
@@ -124,3 +190,90 @@ def test_a_fault_waits_for_the_answer_before_it(tiny_server: Server) -> None:
         stream, _, answer = (found + read_all(sock)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert stream.startswith(b"HTTP/1.1 200 ") and stream.count(b"HTTP/1.1 ") == 1
         refused(answer, 400, "invalid_value")
+
+
+# ------------------------------------------------------------------------------------- time
+
+SIZED = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+
+
+def wait_for_the_clock(quick: Quick) -> None:
+    """As long as anything may take that arrives now."""
+    with connect(quick) as sock:
+        sock.sendall(HEAD)
+        refused(read_all(sock), 408, "invalid_value")
+
+
+def drip(sock: socket.socket) -> bytes:
+    """Send until the server has an answer, a little each time, and never too late for the next."""
+    while not select.select([sock], [], [], 0.05)[0]:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(b"x")
+    return read_all(sock)
+
+
+@pytest.mark.parametrize("before", [b"", SIZED % (b"/", 0)], ids=["the first", "a later one"])
+def test_headers_that_stop_or_drip_are_408(quick: Quick, before: bytes) -> None:
+    quick.go_on()
+    with connect(quick) as stopped, connect(quick) as dripping:
+        for sock in (stopped, dripping):
+            if before:
+                sock.sendall(before)
+                read_to(sock, b"0\r\n\r\n")
+            sock.sendall(HEAD)
+        assert "0.4 s" in refused(drip(dripping), 408, "invalid_value")
+        assert "0.4 s" in refused(read_all(stopped), 408, "invalid_value")
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(quick: Quick) -> None:
+    """A browser opens some before it needs them, and would take a 408 for an answer."""
+    with connect(quick) as sock:
+        assert read_all(sock) == b""
+    with connect(quick) as sock:
+        sock.sendall(b"\r\n")
+        refused(read_all(sock), 408, "invalid_value")
+
+
+@pytest.mark.parametrize("some", [b"", b"x" * 9])
+def test_a_body_that_stops_is_408_and_the_application_is_told(quick: Quick, some: bytes) -> None:
+    with connect(quick) as sock:
+        sock.sendall(SIZED % (b"/", 10) + some)
+        assert "0.4 s" in refused(read_all(sock), 408, "invalid_value")
+    told = {"type": "http.disconnect"}
+    wait_until(lambda: quick.received[-1:] == [told], 5, "the application waits for the rest")
+
+
+def test_a_body_may_come_slowly(quick: Quick) -> None:
+    quick.go_on()
+    sent = 0
+    with connect(quick) as sock:
+        sock.sendall(SIZED % (b"/", 1000))
+        for _ in range(3):  # three times as long as a pause may be
+            with connect(quick) as other:
+                other.sendall(SIZED % (b"/", 10))
+                while not select.select([other], [], [], 0.05)[0]:
+                    sock.sendall(b"x")
+                    sent += 1
+                refused(read_all(other), 408, "invalid_value")
+        sock.sendall(b"x" * (1000 - sent))
+        assert read_to(sock, b"0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", [b"/", b"/deaf"])
+def test_an_answer_takes_as_long_as_it_needs(quick: Quick, path: bytes) -> None:
+    """Also where the client says something more meanwhile, or the application does not listen."""
+    size = 200_000
+    with connect(quick) as sock:
+        sock.sendall(SIZED % (path, size) + b"x" * size + b"\r\n")
+        wait_for_the_clock(quick)
+        wait_for_the_clock(quick)
+        quick.go_on()
+        assert read_to(sock, b"done\r\n0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_rest_of_a_body_that_is_answered_already_has_its_time_too(quick: Quick) -> None:
+    with connect(quick) as sock:
+        sock.sendall(SIZED % (b"/early", 10**9))
+        assert read_to(sock, b"0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        with contextlib.suppress(ConnectionResetError):
+            assert drip(sock) == b""
