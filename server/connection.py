@@ -1,5 +1,5 @@
-"""One connection: uvicorn's, with bounds on the headers and on the time that a request takes to
-arrive.
+"""One connection: uvicorn's, with bounds on the headers, on the time that a request takes to
+arrive, and on how many connections there are.
 
 What never becomes a request that the application could answer is answered here, in the shape of
 all errors, and the connection ends. A request that is here whole may be answered as slowly as it
@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import http
+import resource
 from typing import Any
 
 import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import HeadersTooLarge, HeadwaterError, InvalidRequest, RequestTimeout
+from server.errors import (
+    HeadersTooLarge,
+    HeadwaterError,
+    InvalidRequest,
+    QueueFull,
+    RequestTimeout,
+)
 from server.middleware import new_request_id
 from server.responses import error_response
 
@@ -39,6 +46,12 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            fault = QueueFull("too many connections are open; try again in a moment")
+            log.info("request_refused", status=fault.status, reason=fault.message)
+            self.transport.write(_answer(fault, {"path": "", "state": {}}))
+            self.transport.close()  # without a wait for what the client says: it has a descriptor
+            return
         # Who says nothing at all is as one who says nothing more, who has less time.
         self.timeout_keep_alive_task = self.loop.call_later(
             HEAD_SECONDS, self.timeout_keep_alive_handler
@@ -145,6 +158,13 @@ class Connection(HttpToolsProtocol):
         # Closed at once, with something unread, it would be reset, and the answer lost on the way.
         self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+
+def most_connections() -> int:
+    """Three quarters of the descriptors that this process may have: without one left over, neither
+    the store nor a new engine could be opened."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit * 3 // 4
 
 
 def _headers_too_large() -> HeadwaterError:

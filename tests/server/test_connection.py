@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import select
 import socket
 import threading
@@ -190,6 +191,27 @@ def test_a_fault_waits_for_the_answer_before_it(tiny_server: Server) -> None:
         stream, _, answer = (found + read_all(sock)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert stream.startswith(b"HTTP/1.1 200 ") and stream.count(b"HTTP/1.1 ") == 1
         refused(answer, 400, "invalid_value")
+
+
+# ---------------------------------------------------------------------------------- how many
+
+
+def test_one_connection_too_many_is_503(tiny_server: Server) -> None:
+    pid, limit = tiny_server.process.pid, resource.RLIMIT_NOFILE
+    before = resource.prlimit(pid, limit)
+    resource.prlimit(pid, limit, (200, before[1]))  # 150 connections, and the server's own files
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(150):
+                stack.enter_context(connect(tiny_server)).sendall(HEAD)
+            with connect(tiny_server) as sock:
+                answer = read_all(sock)
+            assert "connections" in refused(answer, 503, "queue_full")
+            assert b"\r\nretry-after: 1\r\n" in answer
+            stack.close()
+        wait_until(tiny_server.ready, 5, "connections that were closed still count")
+    finally:
+        resource.prlimit(pid, limit, before)
 
 
 # ------------------------------------------------------------------------------------- time
