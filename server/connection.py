@@ -14,7 +14,8 @@ import resource
 from typing import Any
 
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import (
     HeadersTooLarge,
@@ -96,6 +97,13 @@ class Connection(HttpToolsProtocol):
         self._stop_clock()
         super().on_message_complete()
 
+    # ------------------------------------------------------------------------------- HTTP/1.0
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = _unchunked(cycle, app)
+        super()._start_asgi_task(cycle, app)
+
     # ------------------------------------------------------------------------------- the clock
 
     def _set_clock(self) -> None:
@@ -158,6 +166,27 @@ class Connection(HttpToolsProtocol):
         # Closed at once, with something unread, it would be reset, and the answer lost on the way.
         self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+
+def _unchunked(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
+    """`app` for a client that knows no chunks: what has no length ends with the connection."""
+
+    async def unchunked(scope: Any, receive: Any, send: Any) -> None:
+        unsized = False
+
+        async def as_it_is(message: Any) -> None:
+            nonlocal unsized
+            if message["type"] == "http.response.start":
+                unsized = all(name.lower() != b"content-length" for name, _ in message["headers"])
+                if unsized:
+                    cycle.chunked_encoding = False
+            elif unsized:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, as_it_is)
+
+    return unchunked
 
 
 def most_connections() -> int:

@@ -63,6 +63,7 @@ class EventStream(EventSourceResponse):
             sep="\n",
             send_timeout=send_timeout,
         )
+        del self.headers["connection"]  # that is the protocol's to say, and it may say the contrary
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

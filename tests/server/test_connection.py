@@ -193,6 +193,45 @@ def test_a_fault_waits_for_the_answer_before_it(tiny_server: Server) -> None:
         refused(answer, 400, "invalid_value")
 
 
+# --------------------------------------------------------------------------------- HTTP/1.0
+
+STREAMED = {"prompt": "Why?", "stream": True, "ignore_eos": True, "max_tokens": 5, "seed": 1}
+
+
+def ask(server: Server, version: bytes, body: dict[str, Any]) -> tuple[list[bytes], bytes]:
+    """The lines of the head, in lower case, and all that follows until the server closes."""
+    content = json.dumps(body).encode()
+    with connect(server) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/%b\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (version, len(content), content)
+        )
+        head, _, rest = read_all(sock).partition(b"\r\n\r\n")
+    return head.lower().split(b"\r\n"), rest
+
+
+def test_a_stream_over_http_1_0_has_no_chunks_and_ends_with_the_connection(
+    tiny_server: Server,
+) -> None:
+    head, rest = ask(tiny_server, b"1.0", STREAMED)
+    assert b" 200 " in head[0] and b"content-type: text/event-stream; charset=utf-8" in head
+    assert not [line for line in head if line.startswith(b"transfer-encoding")]
+    frames = rest.split(b"\n\n")
+    assert all(frame.startswith(b"data: ") for frame in frames[:-1])
+    assert frames[-2:] == [b"data: [DONE]", b""]
+    head, rest = ask(tiny_server, b"1.0", {**STREAMED, "stream": False})
+    assert b"content-length: %d" % len(rest) in head
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_stream_says_once_whether_the_connection_goes_on(
+    tiny_server: Server, version: bytes
+) -> None:
+    head, _ = ask(tiny_server, version, STREAMED)
+    assert [line for line in head if line.startswith(b"connection")] == [b"connection: close"]
+
+
 # ---------------------------------------------------------------------------------- how many
 
 
