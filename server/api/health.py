@@ -12,12 +12,14 @@ from server.services import Shared
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", operation_id="health")
 async def health() -> Response:
     """200 as long as this process answers."""
     return json_response({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", operation_id="ready")
 async def ready(services: Shared) -> Response:
     """200 when the engine takes requests and does them, else 503 with the reason."""
@@ -37,6 +39,7 @@ async def metrics(services: Shared) -> Response:
     )
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version", operation_id="version")
 async def version(services: Shared) -> Response:
     """The server's version and the model it serves."""

@@ -14,6 +14,7 @@ from server.services import Services, Shared
 router = APIRouter()
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models", operation_id="list_models")
 async def list_models(services: Shared) -> Response:
     """The served model, in OpenAI's list shape."""

@@ -378,3 +378,13 @@ def test_operating_routes(tiny_server: Server) -> None:
         'headwater_errors_total{code="invalid_value"}',
     ):
         assert f"\n{name} " in metrics.text, name
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/models"])
+def test_head_says_what_get_says_but_the_body(tiny_server: Server, path: str) -> None:
+    """Checkers of uptime ask so."""
+    head, got = (httpx.request(method, tiny_server.url + path) for method in ("HEAD", "GET"))
+    assert head.status_code == got.status_code == 200
+    assert head.content == b""
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == got.headers[name]
