@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from model.hub import ModelFiles
@@ -39,8 +38,8 @@ from server.errors import (
     RequestTooLarge,
     ServerError,
 )
-from server.gates import HostGate, OwnerGate
-from server.middleware import MAX_BODY_BYTES, RequestGate
+from server.gates import CorsGate, HostGate, OwnerGate
+from server.middleware import MAX_BODY_BYTES, BodyGate, RequestGate
 from server.openapi import DescribedApp
 from server.owners import Owners
 from server.page import the_page
@@ -112,15 +111,10 @@ def _add_gates(app: FastAPI, services: Services) -> None:
         page=the_page(),
         metrics=metrics,
     )
-    if settings.cors_origins:  # outside the keys: a browser's preflight request has none
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "x-headwater-generation", "retry-after"],
-        )
     app.add_middleware(HostGate, settings=settings, metrics=metrics)
+    app.add_middleware(BodyGate, metrics=metrics)
+    if settings.cors_origins:  # around all refusals: a page is to read why
+        app.add_middleware(CorsGate, origins=settings.cors_origins, metrics=metrics)
     app.add_middleware(RequestGate, metrics=metrics)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import AuthenticationError, HeadwaterError, InvalidRequest, PermissionDenied
 from server.metrics import Metrics
 from server.owners import Owner, Owners, presented_key
 from server.page import Page
-from server.responses import error_response
+from server.responses import error_response, json_response
 from server.settings import Settings
 from server.sign_ins import SignIns
 
@@ -111,6 +114,39 @@ class HostGate:
         if "*" in self._origins or origin.lower() in self._origins:
             return False
         return not _is_at(origin, host)
+
+
+class CorsGate(CORSMiddleware):
+    """Lets the pages of `origins` ask, and read what they are answered. Without keys: a browser's
+    preflight request has none. Refuses that of any other page (403)."""
+
+    def __init__(self, app: ASGIApp, origins: Collection[str], metrics: Metrics) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[
+                "x-request-id",
+                "request-id",
+                "x-headwater-generation",
+                "x-should-retry",
+                "retry-after",
+            ],
+        )
+        self._metrics = metrics
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        error = PermissionDenied(
+            f"a page may not ask so ({bytes(response.body).decode()}); let the operator add its "
+            "origin to HEADWATER_CORS_ORIGINS"
+        )
+        self._metrics.errors.labels(error.code).inc()
+        kept = {n: v for n, v in response.headers.items() if not n.startswith("content-")}
+        return json_response(error.body(), error.status, kept)
 
 
 class AllowedHosts:

@@ -1,4 +1,5 @@
-"""Pure ASGI middleware: request ids, bodies, a log line a request. Nothing buffers."""
+"""Pure ASGI middleware around all gates: request ids, a log line a request, bodies, faults. Nothing
+buffers."""
 
 from __future__ import annotations
 
@@ -24,9 +25,8 @@ def new_request_id() -> str:
 
 
 class RequestGate:
-    """The outermost layer: gives every answer an `x-request-id`, refuses bodies that are too large
-    (413) or not JSON (415), reads an empty one as `{}`, and logs and counts what was answered.
-    Bodies and prompts are never logged."""
+    """The outermost layer: gives every answer an `x-request-id`, and logs and counts what was
+    answered. Bodies and prompts are never logged."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -58,19 +58,7 @@ class RequestGate:
             await send(message)
 
         try:
-            error = _refusal(scope)
-            if error is not None:
-                self._metrics.errors.labels(error.code).inc()
-                await error_response(error, scope)(scope, receive, send_with_id)
-            else:
-                await self._app(scope, _body(scope, receive), send_with_id)
-        except Exception:
-            log.exception("unhandled", path=scope["path"][:200], request_id=request_id)
-            if status:  # too late for another answer: let the connection break
-                raise
-            failure = ServerError("something went wrong in the server; it is in its log")
-            self._metrics.errors.labels(failure.code).inc()
-            await error_response(failure, scope)(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
@@ -84,6 +72,40 @@ class RequestGate:
                 request_id=request_id,
                 **({"owner": owner.name} if owner is not None and owner.name else {}),
             )
+
+
+class BodyGate:
+    """Refuses bodies that are too large (413) or not JSON (415), and reads an empty one as `{}`.
+    What nobody thought of, in the layers below, is 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        error = _refusal(scope)
+        if error is None:
+            try:
+                await self._app(scope, _body(scope, receive), noting)
+                return
+            except Exception:
+                request_id = scope["state"]["request_id"]
+                log.exception("unhandled", path=scope["path"][:200], request_id=request_id)
+                if begun:  # too late for another answer: let the connection break
+                    raise
+            error = ServerError("something went wrong in the server; it is in its log")
+        self._metrics.errors.labels(error.code).inc()
+        await error_response(error, scope)(scope, receive, send)
 
 
 def _takes_body(scope: Scope) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from pydantic import ValidationError
+from starlette.types import Message, Receive, Scope, Send
 
-from server.gates import AllowedHosts
+from server.engine_client import EngineClient
+from server.gates import AllowedHosts, CorsGate
+from server.metrics import Metrics
+from server.middleware import MAX_BODY_BYTES, BodyGate
 from server.owners import key_line, make_key
 from server.settings import Settings
 from tests.fixtures.server import Server, serving
@@ -180,9 +185,9 @@ def test_the_page_that_was_named_may_ask(open_to_page: Server) -> None:
     assert asked.status_code == 200
     assert asked.headers["access-control-allow-origin"] == PAGE
     assert "authorization" in asked.headers["access-control-allow-headers"]
-    assert (
-        httpx.options(url, headers={**asking, "origin": "https://evil.example"}).status_code != 200
-    )
+    refused = httpx.options(url, headers={**asking, "origin": "https://evil.example"})
+    assert "HEADWATER_CORS_ORIGINS" in assert_code(refused, 403, "forbidden")
+    assert "access-control-allow-origin" not in refused.headers
 
     refused = httpx.post(url, json=TOKENIZE, headers={"origin": PAGE})
     assert_code(refused, 401, "invalid_api_key")
@@ -191,10 +196,53 @@ def test_the_page_that_was_named_may_ask(open_to_page: Server) -> None:
     answered = httpx.post(url, json=TOKENIZE, headers=headers)
     assert answered.status_code == 200
     assert answered.headers["access-control-allow-origin"] == PAGE
-    assert "x-request-id" in answered.headers["access-control-expose-headers"]
+    exposed = answered.headers["access-control-expose-headers"].split(", ")
+    assert {"x-request-id", "request-id", "x-should-retry", "retry-after"} <= set(exposed)
     assert "access-control-allow-credentials" not in answered.headers
     other = httpx.post(url, json=TOKENIZE, headers={**headers, "origin": "https://evil.example"})
     assert_code(other, 403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("change", "content", "status"),
+    [
+        ({"content-type": "text/plain"}, b"x", 415),
+        ({}, b" " * (MAX_BODY_BYTES + 1), 413),
+        ({"host": "evil.example"}, b"{}", 400),
+    ],
+)
+def test_the_page_that_was_named_may_read_every_refusal(
+    open_to_page: Server, change: dict[str, str], content: bytes, status: int
+) -> None:
+    headers = {"origin": PAGE, "content-type": "application/json", **change}
+    response = httpx.post(f"{open_to_page.url}/tokenize", content=content, headers=headers)
+    assert response.status_code == status
+    assert response.headers["access-control-allow-origin"] == PAGE
+    assert response.headers["x-request-id"].startswith("req_")
+
+
+def test_the_page_that_was_named_may_read_what_nobody_thought_of() -> None:
+    """A fault in the layers below, which no request to a good server brings about."""
+    sent: list[Message] = []
+
+    async def faulty(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    metrics = Metrics(EngineClient())
+    app = CorsGate(BodyGate(faulty, metrics), [PAGE], metrics)
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/health",
+        "headers": [(b"origin", PAGE.encode())],
+        "state": {"request_id": "req_1"},
+    }
+    asyncio.run(app(scope, lambda: asyncio.sleep(0, {}), send))
+    assert sent[0]["status"] == 500
+    assert (b"access-control-allow-origin", PAGE.encode()) in sent[0]["headers"]
 
 
 # ---------------------------------------------------------------------------------- settings
