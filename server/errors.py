@@ -21,7 +21,7 @@ HeadwaterError
 |  |- QueueFull             503  queue_full
 |  |- EngineStarting        503  engine_starting
 |  |- EngineRestarting      503  engine_restarting
-|  `- ServerDraining        503  server_draining
+|  `- ServerDraining        503  server_draining  (with Connection: close)
 `- ServerError              500  internal
    `- EngineCrash           500  engine_crash
 
@@ -187,7 +187,12 @@ class EngineRestarting(Overloaded):
 
 
 class ServerDraining(Overloaded):
+    """With its connection, so that a balancer sends the next request elsewhere."""
+
     default_code = "server_draining"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"Connection": "close"}
 
 
 class ServerError(HeadwaterError):

@@ -114,6 +114,13 @@ class Services:
         self.supervisor.start()
         await asyncio.to_thread(self.tokenizer.prepare)  # the engine takes longer to get ready
 
+    def refuse_when_draining(self) -> None:
+        """Before something new is made that needs no engine. Raises ServerDraining."""
+        if self.client.draining:
+            raise ServerDraining(
+                "the server is shutting down; send the request again in a moment", retry_after=5
+            )
+
     async def checkpoint(self) -> None:
         """End what runs: the durable ones go on with the next start."""
         with contextlib.suppress(StoreError):

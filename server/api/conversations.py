@@ -53,6 +53,7 @@ async def create_conversation(
     messages = messages_of(body.items or [], "items")
     async with services.idempotency.once(request, owner) as once:
         if not isinstance(once.made, str):
+            services.refuse_when_draining()
             record = SessionRecord.new(owner.name, metadata=body.metadata or {})
             turns: list[TurnRecord] = []
             if messages:
@@ -129,6 +130,7 @@ async def create_conversation_items(
     record = await _find(services, owner, id)
     async with services.idempotency.once(request, owner) as once:
         if once.made is None:
+            services.refuse_when_draining()
             last = await services.sessions.add(
                 owner, record.id, messages, on_busy="queue", idempotency=once.record
             )

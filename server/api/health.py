@@ -28,7 +28,10 @@ async def ready(services: Shared) -> Response:
         return json_response({"status": "ready", "model": services.files.name})
     state = services.client.state
     status = "unready" if state == "ready" else state
-    return json_response({"status": status, "reason": reason}, 503, {"Retry-After": "1"})
+    headers = {"Retry-After": "1"}
+    if services.client.draining:
+        headers["Connection"] = "close"
+    return json_response({"status": status, "reason": reason}, 503, headers)
 
 
 @router.get("/metrics", operation_id="metrics")

@@ -197,6 +197,7 @@ async def _created(
     """The session that `make` stores, or that the first request with this key made."""
     async with services.idempotency.once(request, owner) as once:
         if once.made is None:
+            services.refuse_when_draining()
             once.made = (await make(once.record)).id
         assert isinstance(once.made, str)
         record = await services.sessions.get(owner, once.made)

@@ -41,6 +41,7 @@ async def append_turn(
     async def make(idempotency: IdempotencyRecord | None) -> Generation | TurnRecord:
         session = await services.sessions.get(owner, id)
         if body.answer is False:
+            services.refuse_when_draining()
             return await services.sessions.add(
                 owner,
                 id,

@@ -229,6 +229,50 @@ def test_running_streams_get_their_grace_and_then_an_error(tiny_model: Path) -> 
             assert code in ("server_draining", "length")
 
 
+def test_while_it_drains_nothing_new_is_made_and_what_is_there_is_read(tiny_model: Path) -> None:
+    env = {"HEADWATER_SHUTDOWN_GRACE": "60"}
+    message = {"role": "user", "content": "Rivers."}
+    with serving(str(tiny_model), env=env) as server, httpx.Client(base_url=server.url) as http:
+        key = {"idempotency-key": "one"}
+        session = http.post("/v1/sessions", json={}, headers=key).json()["id"]
+        conversation = http.post("/v1/conversations", json={}).json()["id"]
+        export = http.get(f"/v1/sessions/{session}/export").json()
+        client = Client(server, stream=True)
+        client.start()
+        wait_running(server, 1)
+        engine = server.engine
+        engine.suspend()  # so that it drains until it is told to go on
+        try:
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not server.ready(), 2, "/ready stays 200")
+            assert http.get("/ready").headers["connection"] == "close"
+            for path, body in (
+                ("/v1/sessions", {}),
+                ("/v1/sessions/import", export),
+                (f"/v1/sessions/{session}/fork", {}),
+                (f"/v1/sessions/{session}/turns", {"input": "Rivers.", "answer": False}),
+                (f"/v1/sessions/{session}/turns", {"input": "Rivers."}),
+                ("/v1/conversations", {}),
+                (f"/v1/conversations/{conversation}/items", {"items": [message]}),
+                ("/v1/responses", {"input": "Rivers."}),
+                ("/v1/chat/completions", {"messages": [message]}),
+            ):
+                refused = http.post(path, json=body)
+                assert refused.status_code == 503, (path, refused.text)
+                assert refused.json()["error"]["code"] == "server_draining"
+                assert refused.headers["connection"] == "close"
+                assert int(refused.headers["retry-after"]) >= 1
+            assert http.post("/v1/sessions", json={}, headers=key).json()["id"] == session
+            read = http.get(f"/v1/sessions/{session}")
+            assert read.json()["turns"] == [] and "connection" not in read.headers
+            assert http.delete(f"/v1/sessions/{session}").status_code == 204
+        finally:
+            engine.resume()
+        client.join(20)
+        assert client.tail.endswith("data: [DONE]\n\n")
+        assert server.process.wait(10) == 0
+
+
 def _code(server: Server) -> str:
     try:
         response = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=5)
