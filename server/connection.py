@@ -32,6 +32,7 @@ log = structlog.get_logger()
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 10.0  # for the headers, however steadily they drip
 BODY_SECONDS = 30.0  # between two pieces of a body
+HALF_CLOSED_SECONDS = 0.03  # the blocks of those who leave come back so much later
 LINGER_SECONDS = 2.0
 
 
@@ -70,6 +71,15 @@ class Connection(HttpToolsProtocol):
         if self._unparsed > MAX_HEAD_BYTES:  # also chunk extensions and trailers
             self._refuse(_headers_too_large())
         self._set_clock()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that has asked and closes its half may listen (`nc -N`), or be gone, which looks
+        the same. So it gets what is answered in a moment; then it has left."""
+        listens = not (self._in_body or self.cycle is None or self.cycle.response_complete)
+        if listens:
+            self.cycle.keep_alive = False
+            self.loop.call_later(HALF_CLOSED_SECONDS, self.transport.close)
+        return listens
 
     # ------------------------------------------------------------------- what the parser calls
 

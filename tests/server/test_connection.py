@@ -21,15 +21,21 @@ from tests.fixtures.server import Server, wait_until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = (
-    b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
+SIZED = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 PIECE = b"x" * 65536
+STREAMED = {"prompt": "Why?", "stream": True, "ignore_eos": True, "max_tokens": 5, "seed": 1}
 
 
 def connect(server: Server | Quick) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=30)
+
+
+def chunked(path: bytes, body: bytes) -> bytes:
+    return POST % path + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -131,8 +137,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[Quick]:
         (HEAD, b"x-many: 1\r\n" * 6000),
         (b"GET /", PIECE),
         (b"", b"\r\n" * 32768),
-        (POST + b"2\r\n{}\r\n0\r\nx-late: ", PIECE),
-        (POST + b"2;ext=", PIECE),
+        (POST % b"/tokenize" + b"2\r\n{}\r\n0\r\nx-late: ", PIECE),
+        (POST % b"/tokenize" + b"2;ext=", PIECE),
     ],
     ids=["one", "many", "the path", "none", "trailers", "an extension"],
 )
@@ -167,11 +173,9 @@ def test_a_later_request_does_not_pay_for_an_earlier_one(tiny_server: Server) ->
         for _ in range(4):
             sock.sendall(HEAD + b"x-long: " + b"x" * 30_000 + b"\r\n\r\n")
             assert read_to(sock, b'{"status":"ok"}').startswith(b"HTTP/1.1 200 ")
-        body = b'{"text": "' + b"x" * 100_000 + b'"}'
-        for at in range(
-            0, len(chunks := POST + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)), 9999
-        ):
-            sock.sendall(chunks[at : at + 9999])
+        asked = chunked(b"/tokenize", b'{"text": "' + b"x" * 100_000 + b'"}')
+        for at in range(0, len(asked), 9999):
+            sock.sendall(asked[at : at + 9999])
         assert sock.recv(12) == b"HTTP/1.1 200"
 
 
@@ -182,10 +186,9 @@ def test_what_is_not_http_is_told_so(tiny_server: Server) -> None:
 
 
 def test_a_fault_waits_for_the_answer_before_it(tiny_server: Server) -> None:
-    body = json.dumps({"prompt": "Why?", "stream": True, "ignore_eos": True, "max_tokens": 400})
-    asked = POST.replace(b"/tokenize", b"/v1/completions")
+    body = json.dumps({**STREAMED, "max_tokens": 400}).encode()
     with connect(tiny_server) as sock:
-        sock.sendall(asked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body.encode()))
+        sock.sendall(chunked(b"/v1/completions", body))
         found = sock.recv(65536)
         sock.sendall(b"Hello?\r\n\r\n")
         stream, _, answer = (found + read_all(sock)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -194,8 +197,6 @@ def test_a_fault_waits_for_the_answer_before_it(tiny_server: Server) -> None:
 
 
 # --------------------------------------------------------------------------------- HTTP/1.0
-
-STREAMED = {"prompt": "Why?", "stream": True, "ignore_eos": True, "max_tokens": 5, "seed": 1}
 
 
 def ask(server: Server, version: bytes, body: dict[str, Any]) -> tuple[list[bytes], bytes]:
@@ -232,6 +233,34 @@ def test_a_stream_says_once_whether_the_connection_goes_on(
     assert [line for line in head if line.startswith(b"connection")] == [b"connection: close"]
 
 
+# ------------------------------------------------------------------------------ half a close
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_client_that_has_said_all_is_answered(
+    quick: Quick, version: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HALF_CLOSED_SECONDS", 60)  # however busy this machine is
+    with connect(quick) as sock:
+        sock.sendall((SIZED % (b"/", 0)).replace(b"1.1", version))
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        quick.go_on()
+        assert b"done" in read_all(sock)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_but_a_long_answer_takes_it_for_gone(tiny_server: Server, stream: bool) -> None:
+    before = tiny_server.metric("headwater_engine_aborts_total")
+    body = json.dumps({**STREAMED, "max_tokens": 480, "stream": stream}).encode()
+    with connect(tiny_server) as sock:
+        sock.sendall(chunked(b"/v1/completions", body))
+        wait_until(lambda: tiny_server.blocks_referenced() > 0, 10, "it never ran")
+        sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: tiny_server.blocks_referenced() == 0, 5, "it goes on")
+    assert tiny_server.metric("headwater_engine_aborts_total") == before + 1
+
+
 # ---------------------------------------------------------------------------------- how many
 
 
@@ -254,8 +283,6 @@ def test_one_connection_too_many_is_503(tiny_server: Server) -> None:
 
 
 # ------------------------------------------------------------------------------------- time
-
-SIZED = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
 
 def wait_for_the_clock(quick: Quick) -> None:
