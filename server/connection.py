@@ -26,6 +26,7 @@ from server.errors import (
 )
 from server.middleware import new_request_id
 from server.responses import error_response
+from server.sse import ABORT
 
 log = structlog.get_logger()
 
@@ -95,6 +96,7 @@ class Connection(HttpToolsProtocol):
             raise ValueError("too large")  # so the parser stops
         self._in_body = True
         self._stop_clock()
+        self.scope["state"][ABORT] = self.transport.abort
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

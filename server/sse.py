@@ -21,6 +21,7 @@ log = structlog.get_logger()
 AppStatus.enable_automatic_graceful_drain = False
 
 PING_SECONDS = 10
+ABORT = "abort"  # in the scope's state: drops the connection, and what is unsent
 DONE = b"data: [DONE]\n\n"
 
 _encoder = msgspec.json.Encoder()
@@ -71,5 +72,7 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             log.info("slow_reader_dropped", path=scope["path"], seconds=self.send_timeout)
+            # Closed in good order, the connection would wait for the reader to take what was sent.
+            scope.get("state", {}).get(ABORT, lambda: None)()
         finally:
             self._on_close()
