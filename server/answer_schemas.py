@@ -83,7 +83,9 @@ SCHEMAS: dict[str, Schema] = {
         error=record(message=TEXT, type=TEXT, code=TEXT, param=null(TEXT)),
     ),
     "AnthropicError": record(
-        type=one_of("error"), error=record(type=TEXT, message=TEXT), request_id=TEXT
+        type=one_of("error"),
+        error=record({"details": ANY_OBJECT}, type=TEXT, message=TEXT),
+        request_id=TEXT,
     ),
     "Usage": record(
         prompt_tokens=COUNT,

@@ -3,6 +3,7 @@
 HeadwaterError
 |- InvalidRequest           400  invalid_value
 |  |- UnsupportedParameter  400  unsupported_parameter
+|  |  `- NoThreads          400  unsupported_parameter  (with Anthropic's details)
 |  |- ContextLengthExceeded 400  context_length_exceeded
 |  |- NotFound              404  not_found
 |  |  `- StreamExpired      404  stream_expired
@@ -42,6 +43,7 @@ class HeadwaterError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str] = "internal"
+    details: ClassVar[dict[str, Any] | None] = None  # what Anthropic's SDK goes by
 
     def __init__(
         self,
@@ -82,6 +84,24 @@ class InvalidRequest(HeadwaterError):
 
 class UnsupportedParameter(InvalidRequest):
     default_code = "unsupported_parameter"
+
+
+class NoThreads(UnsupportedParameter):
+    """Anthropic's message threads, which send only what is new. Its SDK reads `details`, and where
+    it may, it sends the whole conversation from then on."""
+
+    details: ClassVar[dict[str, Any] | None] = {
+        "error_code": "thread_unsupported_request",
+        "unsupported": ["thread"],
+    }
+
+    def __init__(self) -> None:
+        super().__init__(
+            "`thread` is not supported: no conversation is kept on this route; send all of its "
+            'messages, without `thread` (the SDK does so with `unsupported_request_behavior="'
+            'continue_unthreaded"`), or use the sessions of this server',
+            param="thread",
+        )
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -39,11 +39,10 @@ def speaks_anthropic(path: str) -> bool:
 def anthropic_error(error: HeadwaterError, request_id: str) -> dict[str, Any]:
     """The error in Anthropic's shape, also for a frame in a stream."""
     type = _ANTHROPIC_TYPES.get(error.status, error.type)
-    return {
-        "type": "error",
-        "error": {"type": type, "message": error.message},
-        "request_id": request_id,
-    }
+    told: dict[str, Any] = {"type": type, "message": error.message}
+    if error.details is not None:
+        told["details"] = error.details
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 def error_response(error: HeadwaterError, scope: Scope) -> Response:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import httpx
 import pytest
 import typer
+from anthropic.types.beta.message_create_params import MessageCreateParams as BetaMessageParams
 from anthropic.types.message_create_params import MessageCreateParams as MessageParams
 from openai.types.chat.completion_create_params import CompletionCreateParams as ChatParams
 from openai.types.completion_create_params import CompletionCreateParams as CompletionParams
@@ -239,7 +240,7 @@ OFFICIAL: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     (
         "### Anthropic: messages",
         "/v1/messages",
-        get_args(MessageParams),
+        get_args(MessageParams) + get_args(BetaMessageParams),
         {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     ),
 ]

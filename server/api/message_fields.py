@@ -14,12 +14,14 @@ from server.api.sampling import SamplingFields, Stops
 from server.api.session_fields import Text
 from server.api.structured import schema_grammar
 from server.api.tool_fields import MAX_TOOLS, Choice, FunctionName, ToolUse
-from server.errors import InvalidRequest, UnsupportedParameter
+from server.errors import InvalidRequest, NoThreads, UnsupportedParameter
 
 _REFUSED = {
     "container": "this server runs no code",
     "mcp_servers": "this server calls nobody",
     "context_management": "nothing is compacted here",
+    "compaction": "nothing is compacted here",
+    "fallbacks": "this server has one model",
     "stop": "it is named `stop_sequences` here",
     "response_format": "it is `output_config.format` here",
 }
@@ -119,9 +121,12 @@ class CountTokensRequest(SamplingFields):
     tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # what `output_config.format` was called before
 
     def check(self) -> None:
         """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
+        if (self.model_extra or {}).get("thread") is not None:
+            raise NoThreads
         self.refuse(_REFUSED)
         if (self.n or 1) > 1:
             raise InvalidRequest("`n` must be 1: a message is one answer", param="n")
@@ -162,12 +167,13 @@ class CountTokensRequest(SamplingFields):
         )
 
     def _make_grammars(self) -> dict[str, Grammar]:
-        given = super()._make_grammars()
-        format = self.output_config.format if self.output_config is not None else None
-        if format is None:
-            return given
-        name = "output_config.format"
-        return {name: schema_grammar(format.schema_, f"{name}.schema"), **given}
+        config = self.output_config or OutputConfig()
+        formats = {"output_config.format": config.format, "output_format": self.output_format}
+        return {
+            name: schema_grammar(format.schema_, f"{name}.schema")
+            for name, format in formats.items()
+            if format is not None
+        } | super()._make_grammars()
 
 
 class MessagesRequest(CountTokensRequest):

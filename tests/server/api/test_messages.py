@@ -6,12 +6,12 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
 import pytest
-from anthropic import Anthropic, AsyncAnthropic
+from anthropic import Anthropic, AsyncAnthropic, beta_tool
 
 from tests.fixtures.server import Server
 
@@ -149,11 +149,63 @@ def test_tools(wide_server: Server) -> None:
     client.close()
 
 
-def test_an_answer_by_a_schema(client: Anthropic) -> None:
-    format = {"type": "json_schema", "schema": WEATHER["input_schema"]}
-    answer = client.messages.create(
-        **{**ASKED, "max_tokens": 100}, extra_body={"output_config": {"format": format}}
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tool_runner_sends_the_whole_conversation(wide_server: Server, stream: bool) -> None:
+    """Its default are message threads, where it sends only what is new."""
+    asked_for = []
+
+    @beta_tool
+    def weather(city: Literal["Bern", "Oslo"]) -> str:
+        """The weather in a city."""
+        asked_for.append(city)
+        return "It rains."
+
+    with Anthropic(base_url=wide_server.url, api_key="any", max_retries=0) as client:
+        runner = client.beta.messages.tool_runner(
+            **{**ASKED, "max_tokens": 200},
+            tools=[weather],
+            tool_choice={"type": "any", "disable_parallel_tool_use": True},
+            max_iterations=2,
+            stream=stream,
+        )
+        turns: Iterator[Any] = iter(runner)
+        first, second = [turn.get_final_message() if stream else turn for turn in turns]
+        (call,) = first.content
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "It rains."}
+        counted = client.messages.count_tokens(
+            model="any",
+            system=ASKED["system"],
+            messages=[
+                *ASKED["messages"],
+                {"role": "assistant", "content": [call.to_dict()]},
+                {"role": "user", "content": [result]},
+            ],
+            tools=[weather.to_dict()],  # type: ignore[list-item]
+        )
+    assert asked_for[0] == call.input["city"]
+    usage = second.usage
+    assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
+
+
+def test_a_thread_of_messages_is_refused_clearly(client: Anthropic) -> None:
+    thread = client.beta.messages.thread(model="any", max_tokens=5)
+    with pytest.raises(anthropic.BadRequestError, match="`thread` is not supported") as caught:
+        thread.send(*ASKED["messages"])
+    assert caught.value.error_code == "thread_unsupported_request"  # type: ignore[attr-defined]
+    kept = client.beta.messages.thread(
+        model="any", max_tokens=5, unsupported_request_behavior="continue_unthreaded"
     )
+    assert kept.send(*ASKED["messages"]).content
+    goes_on = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
+    with pytest.raises(anthropic.BadRequestError, match="`thread` is not supported"):
+        client.messages.create(**ASKED, extra_body=goes_on)
+
+
+@pytest.mark.parametrize("where", ["output_config", "output_format"])
+def test_an_answer_by_a_schema(client: Anthropic, where: str) -> None:
+    format = {"type": "json_schema", "schema": WEATHER["input_schema"]}
+    said = {"format": format} if where == "output_config" else format
+    answer = client.messages.create(**{**ASKED, "max_tokens": 100}, extra_body={where: said})
     assert json.loads(answer.content[0].text)["city"] in ("Bern", "Oslo")  # type: ignore[union-attr]
 
 
@@ -204,6 +256,16 @@ def test_frames(http: httpx.Client) -> None:
         ({"tools": [{"name": "no good", "input_schema": {}}]}, "tools.0.name"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0"),
         ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers"),
+        ({"compaction": {"type": "summary"}}, "compaction"),
+        ({"fallbacks": [{"model": "other"}]}, "fallbacks"),
+        ({"output_format": {"type": "text"}}, "output_format.type"),
+        (
+            {
+                "output_format": {"type": "json_schema", "schema": {}},
+                "output_config": {"format": {"type": "json_schema", "schema": {}}},
+            },
+            "exclude each other",
+        ),
     ],
 )
 def test_what_is_refused(http: httpx.Client, change: Json, said: str) -> None:
