@@ -6,10 +6,10 @@ import re
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from model.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
-from server.api.body import Body
+from server.api.body import Body, Part
 from server.api.chat import MAX_MESSAGES, ChatMessage
 from server.api.sampling import MAX_SEED, Stops
 from server.api.session_fields import Defaults, Metadata, Text, Title
@@ -55,7 +55,9 @@ def _drawn_with(value: object) -> dict[str, Any]:
         raise ValueError(f"`grammar` must have at most {MAX_GRAMMAR_BYTES} bytes")
     seed = params.seed if params.seed <= MAX_SEED else params.seed - 2**64
     try:
-        Defaults.model_validate(fields | {"seed": seed})
+        Defaults.model_validate(
+            {**fields, "seed": seed, "stop_token_ids": list(params.stop_token_ids)}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"`{first['loc'][0]}`: {first['msg']}") from None
@@ -91,21 +93,17 @@ def _read_with(value: object) -> dict[str, Any]:
     return msgspec.to_builtins(markup)  # type: ignore[no-any-return]
 
 
-class ResponseNotes(BaseModel):
+class ResponseNotes(Part):
     """What makes an answer's text a response's items."""
-
-    model_config = ConfigDict(extra="ignore")
 
     markup: Annotated[dict[str, Any], BeforeValidator(_read_with)]
 
 
-class Notes(BaseModel):
+class Notes(Part):
     """What going on with a turn needs; what its other notes report says nothing elsewhere."""
 
-    model_config = ConfigDict(extra="ignore")
-
     params: Annotated[dict[str, Any], BeforeValidator(_drawn_with)] | None = None
-    stop: Stops = []
+    stop: Stops = Field(default=[])
     model: str | None = Field(default=None, max_length=256)
     dropped: int = Field(default=0, ge=0, le=MAX_TURNS)
     message: Annotated[dict[str, Any], BeforeValidator(_said_beside)] | None = None

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from starlette.responses import Response
 
 from server.api.answers import find_generation, respond
+from server.api.body import Part
 from server.api.chat_answer import ChatAnswer
 from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
 from server.api.tool_fields import MAX_TOOLS, ToolCall, ToolFields
@@ -35,9 +36,7 @@ _REFUSED = {
 }
 
 
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ContentPart(Part):
     type: str
     text: str | None = None
     refusal: str | None = None
@@ -46,9 +45,7 @@ class ContentPart(BaseModel):
 Parts = Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ChatMessage(Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts | None = None
     name: str | None = Field(default=None, max_length=256)

@@ -7,9 +7,10 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
+from server.api.body import Part
 from server.api.response_fields import InputItem, Items, messages_of
 from server.api.responses import After, Limit, Order, page
 from server.api.session_fields import Metadata
@@ -26,22 +27,16 @@ router = APIRouter()
 MAX_NEW_ITEMS = 20
 
 
-class NewConversation(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class NewConversation(Part):
     items: Items | None = None
     metadata: Metadata | None = None
 
 
-class ConversationChange(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ConversationChange(Part):
     metadata: Metadata | None = None
 
 
-class NewItems(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class NewItems(Part):
     items: Annotated[list[InputItem], Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)]
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from model.engine.request import Grammar
+from server.api.body import Part
 from server.api.chat import MAX_MESSAGES, ChatMessage
 from server.api.sampling import SamplingFields, Stops
 from server.api.session_fields import Text
@@ -34,10 +35,8 @@ _CHOICES: dict[str, Choice] = {
 _IGNORED_BLOCKS = ("thinking", "redacted_thinking")
 
 
-class Block(BaseModel):
+class Block(Part):
     """A content block; its `type` tells which of the fields it has."""
-
-    model_config = ConfigDict(extra="ignore")
 
     type: Annotated[str, Field(max_length=64)]
     text: Text | None = None
@@ -53,9 +52,7 @@ class Block(BaseModel):
 Content = Text | Annotated[list[Block], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class Message(Part):
     role: Literal["user", "assistant"]
     content: Content
 
@@ -85,33 +82,27 @@ class Message(BaseModel):
             yield ChatMessage.of(f"{param}.content", **said_all)
 
 
-class MessageTool(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class MessageTool(Part):
     type: Literal["custom"] | None = None
     name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any]
 
 
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ToolChoice(Part):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class OutputFormat(BaseModel):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+class OutputFormat(Part):
+    model_config = ConfigDict(protected_namespaces=())
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class OutputConfig(Part):
     format: OutputFormat | None = None
 
 

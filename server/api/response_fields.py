@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from model.engine.request import Grammar
+from server.api.body import Part
 from server.api.chat import MAX_MESSAGES, ChatMessage, Parts
 from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.api.session_fields import MAX_TEXT_CHARACTERS, Metadata, Text
@@ -33,10 +34,8 @@ ConversationId = Annotated[str, Field(pattern=r"^conv_[0-9a-f]{32}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class InputItem(BaseModel):
+class InputItem(Part):
     """A message, a call of a tool, or what a tool said; its `type` tells which."""
-
-    model_config = ConfigDict(extra="ignore")
 
     type: str | None = Field(default=None, max_length=64)
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -89,9 +88,9 @@ def messages_of(items: Sequence[InputItem], param: str) -> list[dict[str, Any]]:
     return [message for message in found if message is not None]
 
 
-class TextFormat(BaseModel):
+class TextFormat(Part):
     model_config = ConfigDict(
-        extra="ignore", protected_namespaces=(), populate_by_name=True, serialize_by_alias=True
+        protected_namespaces=(), populate_by_name=True, serialize_by_alias=True
     )
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -114,15 +113,11 @@ class TextFormat(BaseModel):
         return schema_grammar(self.schema_, "text.format.schema")
 
 
-class TextConfig(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class TextConfig(Part):
     format: TextFormat | None = None
 
 
-class ResponseTool(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ResponseTool(Part):
     type: Literal["function"]
     name: FunctionName
     description: str | None = None
@@ -135,9 +130,7 @@ Includes = Annotated[
 ]
 
 
-class ConversationName(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ConversationName(Part):
     id: ConversationId
 
 

@@ -6,10 +6,10 @@ import secrets
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from model.engine.request import Grammar, SamplingParams
-from server.api.body import Body, at_most
+from server.api.body import Body, Part, at_most
 from server.api.structured import GrammarText, ResponseFormat
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.services import Services
@@ -48,14 +48,13 @@ Stops = Annotated[
 ]
 
 
-LogitBias = dict[
-    Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+LogitBias = dict[  # JSON has its keys as strings
+    Annotated[int, Field(ge=0, strict=False)],
+    Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
 ]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class StreamOptions(Part):
     include_usage: bool | None = None
 
 

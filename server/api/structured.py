@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from model.engine.request import MAX_GRAMMAR_BYTES, Grammar
+from server.api.body import Part
 from server.errors import InvalidRequest
 
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_VALUES = 64, MAX_GRAMMAR_BYTES
@@ -24,10 +25,10 @@ GrammarText = Annotated[
 ]
 
 
-class NamedSchema(BaseModel):
+class NamedSchema(Part):
     """`strict` is accepted and makes no difference: an answer always keeps to the schema."""
 
-    model_config = ConfigDict(extra="ignore", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     name: str | None = Field(default=None, max_length=256)
     description: str | None = Field(default=None, max_length=65_536)
@@ -35,9 +36,7 @@ class NamedSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 

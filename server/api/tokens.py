@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
+from server.api.body import Part
 from server.api.chat import Messages, check_end, prompt_token_ids
 from server.api.tool_fields import ToolFields
 from server.errors import InvalidRequest, UnsupportedParameter
@@ -20,10 +21,8 @@ router = APIRouter()
 MAX_TEXT_CHARACTERS, MAX_TOKENS = 1 << 20, 1_000_000
 
 
-class TokenizeRequest(ToolFields):
+class TokenizeRequest(ToolFields, Part):
     """A prompt as chat completions make it: with these `tools`, too."""
-
-    model_config = ConfigDict(extra="ignore")
 
     text: str | None = Field(default=None, max_length=MAX_TEXT_CHARACTERS)
     messages: Messages | None = None
@@ -44,9 +43,7 @@ class TokenizeRequest(ToolFields):
             check_end(self.messages, bool(self.continue_final_message))
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class DetokenizeRequest(Part):
     tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_TOKENS, fail_fast=True)
 
 

@@ -10,6 +10,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
+from server.api.body import Part
 from server.api.structured import check_depth
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.text.answer_text import Markup
@@ -26,33 +27,25 @@ Choice = Literal["none", "auto", "required", "function"]
 FunctionName = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
-class FunctionDefinition(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class FunctionDefinition(Part):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class Tool(Part):
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class CalledFunction(Part):
     name: FunctionName
     arguments: str
 
 
-class ToolCall(BaseModel):
+class ToolCall(Part):
     """A call that an assistant's message has made."""
-
-    model_config = ConfigDict(extra="ignore")
 
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"] = "function"
@@ -160,6 +153,8 @@ class ToolUse:
 
 class ToolFields(BaseModel):
     """The fields of chat."""
+
+    model_config = ConfigDict(strict=True)
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None

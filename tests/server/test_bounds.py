@@ -85,7 +85,9 @@ def smallest(schema: Json) -> Any:
             return [smallest(schema["items"]) for _ in range(schema.get("minItems", 0))]
         case "string":
             return "x"
-        case "integer" | "number":
+        case "integer":
+            return int(schema.get("minimum", 1))
+        case "number":
             return schema.get("minimum", 1)
         case "boolean":
             return False

@@ -138,3 +138,10 @@ def test_each_list_is_given_up_at_its_first_fault() -> None:
 def test_unknown_fields_that_are_told_of_are_few() -> None:
     for body in bodies():
         assert body.model_config.get("extra") == "ignore" or issubclass(body, Body), body
+
+
+def test_types_are_not_bent() -> None:
+    for body in bodies():
+        for schema in schemas(body.__pydantic_core_schema__):
+            if schema.get("type") == "model":
+                assert schema["config"].get("strict"), f"{body}: {schema['cls']}"
