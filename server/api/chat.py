@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -13,6 +13,7 @@ from server.api.answers import find_generation, respond
 from server.api.body import Part
 from server.api.chat_answer import ChatAnswer
 from server.api.sampling import MAX_TOP_LOGPROBS, FormattedFields
+from server.api.template_fields import TemplateFields
 from server.api.tool_fields import MAX_TOOLS, ToolCall, ToolFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Generation
@@ -100,18 +101,18 @@ Messages = Annotated[
 ]
 
 
-class ChatRequest(FormattedFields, ToolFields):
+class ChatRequest(FormattedFields, ToolFields, TemplateFields):
     messages: Messages
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    continue_final_message: bool | None = None
     resumable: bool | None = None
 
     def check(self) -> None:
         """Raises UnsupportedParameter and InvalidRequest for what the types cannot say."""
         self.refuse(_REFUSED)
+        self.check_template_fields()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         if (
@@ -143,16 +144,19 @@ async def prompt_token_ids(
     *,
     continue_final_message: bool = False,
     tools: Sequence[dict[str, Any]] = (),
+    keywords: Mapping[str, Any] | None = None,
     must_fit: bool = True,
 ) -> list[int]:
-    """The token ids of a conversation, by the model's chat template. Unless it `must_fit`, it may
-    be longer than the context."""
+    """The token ids of a conversation, by the model's chat template, which gets `keywords` too.
+    Unless it `must_fit`, it may be longer than the context."""
+    keywords = keywords or {}
     said = [message.rendered(i) for i, message in enumerate(messages)]
     rendered, template_tools = with_tools(services.template, said, tools)
     told = sum(len(message["content"]) for message in rendered)
     if must_fit:
         check_can_fit(services.tokenizer, services.client.model, told, param="messages")
-    size = told + len(str(template_tools)) + CHARACTERS_PER_MESSAGE * len(rendered)
+    size = told + len(str(template_tools)) + len(str(keywords))
+    size += CHARACTERS_PER_MESSAGE * len(rendered)
     size += sum(len(str(message.get("tool_calls", ""))) for message in rendered)
     try:
         return await off_loop(
@@ -164,6 +168,7 @@ async def prompt_token_ids(
                 add_generation_prompt=not continue_final_message,
                 continue_final_message=continue_final_message,
                 tools=template_tools,
+                **keywords,
             ),
         )
     except TemplateError as error:
@@ -185,6 +190,7 @@ async def create_chat_completion(
         body.messages,
         continue_final_message=bool(body.continue_final_message),
         tools=tools.tools,
+        keywords=body.keywords(),
     )
     max_tokens = room_for_answer(
         model, len(prompt), body.max_completion_tokens or body.max_tokens, param="messages"

@@ -14,6 +14,7 @@ from server.api.chat import MAX_MESSAGES, ChatMessage
 from server.api.sampling import SamplingFields, Stops
 from server.api.session_fields import Text
 from server.api.structured import schema_grammar
+from server.api.template_fields import Keywords, keywords
 from server.api.tool_fields import MAX_TOOLS, Choice, FunctionName, ToolUse
 from server.errors import InvalidRequest, NoThreads, UnsupportedParameter
 
@@ -106,12 +107,18 @@ class OutputConfig(Part):
     format: OutputFormat | None = None
 
 
+class ThinkingConfig(Part):
+    type: Annotated[str, Field(max_length=64)]
+
+
 class CountTokensRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Content | None = None
     tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
+    thinking: ThinkingConfig | None = None
+    chat_template_kwargs: Keywords | None = None
     output_format: OutputFormat | None = None  # what `output_config.format` was called before
 
     def check(self) -> None:
@@ -137,6 +144,11 @@ class CountTokensRequest(SamplingFields):
         last = self.messages[-1]
         blocks = _blocks(last.content)
         return last.role == "assistant" and all(block.type != "tool_use" for block in blocks)
+
+    def keywords(self) -> dict[str, Any]:
+        """What the chat template gets beside messages and tools. Raises InvalidRequest."""
+        disabled = self.thinking is not None and self.thinking.type == "disabled"
+        return keywords(self.chat_template_kwargs, thinks=not disabled)
 
     def tool_use(self) -> ToolUse:
         """Raises InvalidRequest."""

@@ -31,7 +31,11 @@ async def create_message(
     use = body.tool_use()
     model = services.client.check_ready()
     prompt = await prompt_token_ids(
-        services, body.in_chat(), continue_final_message=body.goes_on, tools=use.tools
+        services,
+        body.in_chat(),
+        continue_final_message=body.goes_on,
+        tools=use.tools,
+        keywords=body.keywords(),
     )
     max_tokens = room_for_answer(model, len(prompt), body.max_tokens, param="messages")
     params = body.sampling_params(services, max_tokens=max_tokens, top_logprobs=None)
@@ -68,6 +72,7 @@ async def count_message_tokens(body: CountTokensRequest, services: Shared) -> Re
         body.in_chat(),
         continue_final_message=body.goes_on,
         tools=body.tool_use().tools,
+        keywords=body.keywords(),
     )
     return json_response({"input_tokens": len(prompt)})
 

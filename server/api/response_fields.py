@@ -26,6 +26,7 @@ _REFUSED = {
     "max_completion_tokens": "it is named `max_output_tokens` here",
     "response_format": "it is `text.format` here",
     "messages": "they are named `input` here",
+    "chat_template_kwargs": "what is kept is written out in one way; chat completions have it",
 }
 _FUNCTION = {"name", "description", "parameters"}
 

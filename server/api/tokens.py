@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from server.api.body import Part
 from server.api.chat import Messages, check_end, prompt_token_ids
+from server.api.template_fields import TemplateFields
 from server.api.tool_fields import ToolFields
-from server.errors import InvalidRequest, UnsupportedParameter
+from server.errors import InvalidRequest
 from server.prompt import off_loop
 from server.responses import json_response
 from server.services import Shared
@@ -21,24 +22,17 @@ router = APIRouter()
 MAX_TEXT_CHARACTERS, MAX_TOKENS = 1 << 20, 1_000_000
 
 
-class TokenizeRequest(ToolFields, Part):
+class TokenizeRequest(ToolFields, TemplateFields, Part):
     """A prompt as chat completions make it: with these `tools`, too."""
 
     text: str | None = Field(default=None, max_length=MAX_TEXT_CHARACTERS)
     messages: Messages | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
 
     def check(self) -> None:
         """Raises InvalidRequest and UnsupportedParameter for what the types cannot say."""
         if (self.text is None) == (self.messages is None):
             raise InvalidRequest("give either `text` or `messages`", param="text")
-        if self.add_generation_prompt is False and not self.continue_final_message:
-            raise UnsupportedParameter(
-                "`add_generation_prompt` false is not supported: chat completions have no such "
-                "prompt",
-                param="add_generation_prompt",
-            )
+        self.check_template_fields()
         if self.messages is not None:
             check_end(self.messages, bool(self.continue_final_message))
 
@@ -57,6 +51,7 @@ async def tokenize(body: TokenizeRequest, services: Shared) -> Response:
             body.messages,
             continue_final_message=bool(body.continue_final_message),
             tools=body.tool_use().tools,
+            keywords=body.keywords(),
             must_fit=False,
         )
     else:

@@ -45,6 +45,7 @@ BODIES = {
     "biases": (CHAT, WITH, '"logit_bias":' + keys("1")),
     "fields": (CHAT, WITH, keys("1")[1:-1]),
     "a schema": (CHAT, WITH, SCHEMA.replace("@", many("3"))),
+    "keywords": (CHAT, WITH, '"chat_template_kwargs":{"documents":' + many("3") + "}"),
     "prompts": ("/v1/completions", '{"prompt":[@]}', many("{}")),
     "items": ("/v1/responses", '{"input":@}', many("{}")),
     "blocks": ("/v1/messages", MESSAGE.replace("{", '{"max_tokens":5,', 1), many("3")),

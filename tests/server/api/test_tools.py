@@ -556,3 +556,93 @@ def test_enforced_calls_end_the_thinking_first(thinking_server: Server) -> None:
         plain = {"messages": QUESTION, "regex": "ab{3}c", "seed": 1}
         message = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["message"]
         assert message["content"] == "abbbc"
+
+
+NOT_THINKING = "<think>\n\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def choosing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """As Qwen3 does it: thoughts that are empty already, where it is told not to think."""
+    closed = "{% if enable_thinking is defined and enable_thinking is false %}@{% endif %}"
+    begun = "<|im_start|>assistant\n"
+    template = TEMPLATE.replace(begun, begun + closed.replace("@", NOT_THINKING))
+    with serve_thinking(tmp_path_factory.mktemp("choosing"), template) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks"),
+    [
+        ({}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"chat_template_kwargs": {"enable_thinking": None}}, True),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+        ({"reasoning_effort": "low"}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, True),
+        ({"thinking": {"type": "disabled"}}, False),
+    ],
+)
+def test_thinking_is_turned_off(
+    choosing_server: Server, fields: dict[str, Any], thinks: bool
+) -> None:
+    body = {"messages": QUESTION, "max_tokens": 1}
+    with httpx.Client(base_url=choosing_server.url, timeout=60) as http:
+
+        def ask(path: str, fields: dict[str, Any]) -> Any:
+            answer = http.post(path, json={**body, **fields})
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        plain = ask("/tokenize", {})
+        more = ask("/tokenize", {"text": NOT_THINKING, "messages": None})["count"]
+        expected = plain["count"] + (0 if thinks else more)
+        if "thinking" not in fields:
+            tokens = ask("/tokenize", fields)
+            assert "".join(tokens["pieces"]).endswith(NOT_THINKING) is not thinks
+            assert tokens["count"] == expected
+            usage = ask("/v1/chat/completions", fields)["usage"]
+            assert usage["prompt_tokens"] == expected
+        if "reasoning_effort" not in fields:
+            assert ask("/v1/messages/count_tokens", fields)["input_tokens"] == expected
+            usage = ask("/v1/messages", fields)["usage"]
+            assert usage["input_tokens"] + usage["cache_read_input_tokens"] == expected
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_a_template_is_told_is_checked(choosing_server: Server, path: str) -> None:
+    with httpx.Client(base_url=choosing_server.url, timeout=60) as http:
+
+        def said(fields: dict[str, Any], code: str, param: str) -> str:
+            return refused(http.post(path, json={"messages": QUESTION, **fields}), 400, code, param)
+
+        param = "chat_template_kwargs"
+        message = said({param: {"enable_thinkin": False}}, "invalid_value", param)
+        assert "'enable_thinkin'" in message and "enable_thinking" in message
+        assert "true or false" in said(
+            {param: {"enable_thinking": "false"}}, "invalid_value", param
+        )
+        assert said({param: ["enable_thinking"]}, "invalid_value", param)
+        assert "deep" in said({param: {"documents": _deep(70)}}, "invalid_value", param)
+        param = "add_generation_prompt"
+        assert said({param: False}, "unsupported_parameter", param)
+
+
+def test_what_is_kept_is_written_out_in_one_way(choosing_server: Server) -> None:
+    with httpx.Client(base_url=choosing_server.url, timeout=60) as http:
+        session = http.post("/v1/sessions", json={}).json()["id"]
+        for path, code in (
+            ("/v1/responses", "unsupported_parameter"),
+            (f"/v1/sessions/{session}/turns", "invalid_value"),
+        ):
+            fields = {"input": "Hi", "chat_template_kwargs": {"enable_thinking": False}}
+            assert refused(http.post(path, json=fields), 400, code, "chat_template_kwargs")
+
+
+def _deep(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return value
