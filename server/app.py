@@ -43,7 +43,7 @@ from server.middleware import MAX_BODY_BYTES, BodyGate, RequestGate
 from server.openapi import DescribedApp
 from server.owners import Owners
 from server.page import the_page
-from server.responses import error_response, validation_error
+from server.responses import error_response, unreadable_body, validation_error
 from server.services import Services
 from server.settings import Settings
 from server.store.errors import StoreError
@@ -177,5 +177,6 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
         if error.status_code == 413:
             return answer(request, RequestTooLarge(f"the body is over {MAX_BODY_BYTES} bytes"))
         if error.status_code < 500:
-            return answer(request, InvalidRequest(str(error.detail)))
+            unread = unreadable_body(error.__cause__)
+            return answer(request, unread or InvalidRequest(str(error.detail)))
         return answer(request, ServerError("something went wrong in the server; it is in its log"))

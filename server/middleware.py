@@ -75,7 +75,7 @@ class RequestGate:
 
 
 class BodyGate:
-    """Refuses bodies that are too large (413) or not JSON (415), and reads an empty one as `{}`.
+    """Refuses bodies that are too large (413), compressed or not JSON (415), and reads an empty one as `{}`.
     What nobody thought of, in the layers below, is 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -125,6 +125,12 @@ def _refusal(scope: Scope) -> HeadwaterError | None:
         )
     if not _takes_body(scope) or not _has_body(headers):
         return None
+    encoding = headers.get(b"content-encoding", b"").strip().lower()
+    if encoding not in (b"", b"identity"):
+        return UnsupportedMediaType(
+            f"`Content-Encoding` {encoding.decode('latin-1')[:64]!r} is not taken; send the body "
+            "as it is, without that header"
+        )
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if media_type == b"application/json":
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,20 @@ def _is_choice(part: int | str) -> bool:
     return name in ("str", "constrained-str") or name.startswith(("list[", "function-", "literal["))
 
 
+def unreadable_body(cause: BaseException | None) -> InvalidRequest | None:
+    """Why no JSON could be read, where it is not the syntax; None for other reasons."""
+    match cause:
+        case UnicodeDecodeError():
+            reason = f"byte {cause.start} is not UTF-8"
+        case RecursionError():
+            reason = "its arrays and objects are nested too deep"
+        case ValueError():
+            reason = f"an integer has more than {sys.get_int_max_str_digits()} digits"
+        case _:
+            return None
+    return InvalidRequest(f"the body is not JSON that can be read: {reason}")
+
+
 def validation_error(error: RequestValidationError) -> InvalidRequest:
     """pydantic's word on a body or a query, naming the field."""
     first = error.errors()[0]
@@ -70,11 +85,12 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
         for part in first["loc"]
         if part not in ("body", "query", "path") and not _is_choice(part)
     ]
-    param = ".".join(where)
+    key = where[-1:] == ["[key]"]
+    param = ".".join(where[:-1] if key else where)
     if first["type"] == "json_invalid":
         reason = str(first.get("ctx", {}).get("error", "")).strip()
         return InvalidRequest(f"the body is not valid JSON{': ' + reason if reason else ''}")
-    message = first["msg"].removeprefix("Value error, ")
+    message = ("the key: " if key else "") + first["msg"].removeprefix("Value error, ")
     if not param and first["type"] == "value_error":
         return InvalidRequest(f"the body: {message}")
     if not param:

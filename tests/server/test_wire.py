@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from typing import Any
@@ -91,7 +92,7 @@ def test_completions_stream(tiny_server: Server) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
@@ -352,6 +353,38 @@ def test_http_faults(
     assert response.status_code == status
     assert error_of(response)["code"] == code
     assert response.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"messages": ', "the body is not valid JSON: Expecting value"),
+        (b'{"user": "\xff"}', "byte 10 is not UTF-8"),
+        (b"[" * 9000, "nested too deep"),
+        (b'{"max_tokens": ' + b"1" * 5000 + b"}", "an integer has more than 4300 digits"),
+    ],
+)
+def test_why_a_body_cannot_be_read(tiny_server: Server, content: bytes, said: str) -> None:
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{tiny_server.url}{CHAT}", headers=headers, content=content)
+    assert response.status_code == 400
+    assert said in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 200)])
+def test_a_compressed_body_is_415(tiny_server: Server, encoding: str, status: int) -> None:
+    content = json.dumps(HELLO).encode()
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    response = httpx.post(
+        f"{tiny_server.url}{CHAT}",
+        headers=headers,
+        content=gzip.compress(content) if encoding == "gzip" else content,
+    )
+    assert response.status_code == status
+    if status == 415:
+        error = error_of(response)
+        assert error["code"] == "unsupported_media_type"
+        assert f"`Content-Encoding` '{encoding}'" in error["message"]
 
 
 def test_a_body_over_the_limit_is_413(tiny_server: Server) -> None:
