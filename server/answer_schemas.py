@@ -223,6 +223,7 @@ SCHEMAS: dict[str, Schema] = {
         ),
     ),
     "TokenCount": record(input_tokens=COUNT),
+    "InputTokens": record(object=one_of("response.input_tokens"), input_tokens=COUNT),
     "Turn": record(
         {
             "token_ids": listed(COUNT),

@@ -10,7 +10,8 @@ A response has the bits of its generation's id, so that either tells the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from server.store.records import (
 from server.store.store import Store
 from server.text.answer_text import Markup
 from server.text.chat_template import ChatTemplate
+from server.text.history import Extension
 from server.turns import as_responded, new_answer, new_turns
 
 
@@ -92,16 +94,16 @@ class Responses:
     ) -> Generation:
         """Start a response. Its turn is `generation.durable.turn`, where it is stored."""
         self._client.check_ready()
-        if order.conversation is not None:
-            await self.conversation(owner, order.conversation)
-            async with self._sessions.free(owner, order.conversation, "queue") as session:
-                path = await self._sessions.path(session, session.head)
-                return await self._start(owner, session, path, order, idempotency)
-        if order.previous is not None:
-            session, path = await self._previous(owner, order.previous)
-            return await self._start(owner, session, path, order, idempotency)
-        session = SessionRecord.new(owner.name, listed=False)
-        return await self._start(owner, session, [], order, idempotency, new=True)
+        new = order.conversation is None and order.previous is None
+        async with self._before(owner, order) as (session, path):
+            return await self._start(owner, session, path, order, idempotency, new=new)
+
+    async def count(self, owner: Owner, order: Order) -> int:
+        """How many tokens the prompt has. Nothing is started or kept."""
+        self._client.check_ready()
+        async with self._before(owner, order) as (session, path):
+            extension, _ = await self._extended(session, path, order)
+            return len(extension.prompt_token_ids)
 
     async def conversation(self, owner: Owner, session_id: str) -> SessionRecord:
         """The session that is a conversation. Raises NotFound."""
@@ -167,6 +169,21 @@ class Responses:
 
     # -------------------------------------------------------------------------------- details
 
+    @contextlib.asynccontextmanager
+    async def _before(
+        self, owner: Owner, order: Order
+    ) -> AsyncIterator[tuple[SessionRecord, list[TurnRecord]]]:
+        """The session that the response belongs to, and the turns before it, while nobody else
+        changes them. Raises NotFound and InvalidRequest."""
+        if order.conversation is not None:
+            await self.conversation(owner, order.conversation)
+            async with self._sessions.free(owner, order.conversation, "queue") as session:
+                yield session, await self._sessions.path(session, session.head)
+        elif order.previous is not None:
+            yield await self._previous(owner, order.previous)
+        else:
+            yield SessionRecord.new(owner.name, listed=False), []
+
     async def _previous(
         self, owner: Owner, response_id: str
     ) -> tuple[SessionRecord, list[TurnRecord]]:
@@ -196,6 +213,27 @@ class Responses:
         before = msgspec.json.encode([order.instructions, order.tools])
         return f"{own}-{blake3(before).hexdigest(16)}"
 
+    async def _extended(
+        self, session: SessionRecord, path: list[TurnRecord], order: Order
+    ) -> tuple[Extension, str]:
+        """The order's turns and its prompt as tokens, and what these are valid for."""
+        if not path and not order.messages:
+            raise InvalidRequest("`input` is missing, and nothing comes before", param="input")
+        fingerprint = self._fingerprint(session, order)
+        setting = replace(session, overflow=order.overflow)
+        if order.instructions is not None:
+            setting.instructions = order.instructions
+        extension = await self._sessions.extend(
+            setting,
+            path,
+            order.messages,
+            self._client.check_ready(),
+            order.wish.max_tokens,
+            fingerprint,
+            order.template,
+        )
+        return extension, fingerprint
+
     async def _start(
         self,
         owner: Owner,
@@ -206,22 +244,8 @@ class Responses:
         *,
         new: bool = False,
     ) -> Generation:
-        if not path and not order.messages:
-            raise InvalidRequest("`input` is missing, and nothing comes before", param="input")
         model = self._client.check_ready()
-        fingerprint = self._fingerprint(session, order)
-        setting = replace(session, overflow=order.overflow)
-        if order.instructions is not None:
-            setting.instructions = order.instructions
-        extension = await self._sessions.extend(
-            setting,
-            path,
-            order.messages,
-            model,
-            order.wish.max_tokens,
-            fingerprint,
-            order.template,
-        )
+        extension, fingerprint = await self._extended(session, path, order)
         prompt = extension.prompt_token_ids
         try:
             room = room_for_answer(model, len(prompt), order.wish.max_tokens, param="input")

@@ -240,6 +240,11 @@ def check_message_count(output: str) -> None:
     assert document(output)["input_tokens"] > 0
 
 
+def check_response_count(output: str) -> None:
+    body = document(output)
+    assert body["object"] == "response.input_tokens" and body["input_tokens"] > 0
+
+
 def check_models(output: str) -> None:
     body = document(output)
     assert body["object"] == "list" and len(body["data"]) == 1

@@ -56,6 +56,14 @@ async def create_response(
     return json_response(await view.told(), headers=view.headers)
 
 
+@router.post("/v1/responses/input_tokens", operation_id="count_response_tokens")
+async def count_response_tokens(body: ResponseRequest, services: Shared, owner: Caller) -> Response:
+    """How many tokens a response's prompt has: instructions, tools, and what comes before."""
+    body.check()
+    count = await services.responses.count(owner, await order_of(services, body))
+    return json_response({"object": "response.input_tokens", "input_tokens": count})
+
+
 @router.get("/v1/responses/{id}", operation_id="read_response")
 async def read_response(
     id: str,

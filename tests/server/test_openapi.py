@@ -126,6 +126,7 @@ def test_answers_are_as_described(document: Json, tiny_server: Server) -> None:
             "conversation": conversation,
             "include": ["message.output_text.logprobs"],
         }
+        ask("post", "/v1/responses/input_tokens", asked)
         response = ask("post", "/v1/responses", asked)["id"]
         ask("get", "/v1/responses/{id}", id=response)
         ask("get", "/v1/responses/{id}/input_items", id=response)

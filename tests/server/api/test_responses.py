@@ -74,6 +74,31 @@ def test_whole_streamed_and_found_again_say_the_same(client: OpenAI) -> None:
     assert [e.sequence_number for e in events] == list(range(len(events)))
 
 
+def test_input_tokens_are_counted_and_nothing_is_kept(client: OpenAI, http: httpx.Client) -> None:
+    conversation = client.conversations.create(
+        items=[{"type": "message", "role": "user", "content": "My name is Ada."}]
+    )
+    first = client.responses.create(input="Why do rivers bend?", **SHORT)
+    tool = {"type": "function", "name": "now", "parameters": {}, "strict": False}
+    cases: list[Json] = [
+        {"input": "Why do rivers bend?"},
+        {"input": "Why?", "instructions": "Be brief.", "tools": [tool]},
+        {"input": "And then?", "previous_response_id": first.id},
+        {"input": "Who am I?", "conversation": conversation.id},
+    ]
+    for asked in cases:
+        counted = client.responses.input_tokens.count(model="any", **asked)
+        assert counted.object == "response.input_tokens"
+        again = client.responses.input_tokens.count(model="any", **asked)
+        answer = client.responses.create(**asked, **SHORT)
+        assert answer.usage is not None
+        assert counted.input_tokens == again.input_tokens == answer.usage.input_tokens
+    path = "/v1/responses/input_tokens"
+    assert refused(http.post(path, json={}), 400, "invalid_value", "input")
+    unknown = {"input": "Hi", "previous_response_id": "resp_" + "0" * 32}
+    assert refused(http.post(path, json=unknown), 404, "not_found")
+
+
 def test_an_answer_that_ends_by_itself_is_completed(client: OpenAI) -> None:
     whole = client.responses.create(
         model="any", input="Hello", temperature=0, extra_body={"stop": PIECE(client)}
