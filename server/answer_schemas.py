@@ -302,9 +302,13 @@ SCHEMAS: dict[str, Schema] = {
         object=one_of("model"),
         created=TIME,
         owned_by=TEXT,
+        type=one_of("model"),
+        display_name=TEXT,
+        created_at={"type": "string", "format": "date-time"},
+        lifecycle=one_of("active"),
         sampling_defaults=ANY_OBJECT,
     ),
-    "ModelList": record(object=one_of("list"), data=listed(ref("Model"))),
+    "ModelList": page_of(ref("Model")),
     "Tokens": record(
         tokens=listed(COUNT), pieces=listed(TEXT), count=COUNT, max_model_len=null(COUNT)
     ),

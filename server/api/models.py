@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,8 +18,17 @@ router = APIRouter()
 @router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models", operation_id="list_models")
 async def list_models(services: Shared) -> Response:
-    """The served model, in OpenAI's list shape."""
-    return json_response({"object": "list", "data": [_card(services)]})
+    """The served model, in a list for the SDKs of OpenAI and of Anthropic."""
+    name = services.files.name
+    return json_response(
+        {
+            "object": "list",
+            "data": [_card(services)],
+            "first_id": name,
+            "last_id": name,
+            "has_more": False,
+        }
+    )
 
 
 @router.get("/v1/models/{model_id:path}", operation_id="get_model")
@@ -30,11 +40,17 @@ async def get_model(model_id: str, services: Shared) -> Response:
 
 
 def _card(services: Services) -> dict[str, Any]:
+    created = int(services.metrics.started)
     card: dict[str, Any] = {
         "id": services.files.name,
         "object": "model",
-        "created": int(services.metrics.started),
+        "created": created,
         "owned_by": "headwater",
+        # The same in Anthropic's words.
+        "type": "model",
+        "display_name": services.files.name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "lifecycle": "active",
         "sampling_defaults": services.sampling_defaults,
     }
     model = services.client.model

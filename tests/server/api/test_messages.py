@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import anthropic
@@ -82,6 +83,15 @@ def test_whole_and_streamed_say_the_same(client: Anthropic) -> None:
     again = client.messages.create(**ASKED, **SEED)
     assert again.usage.cache_read_input_tokens == (counted.input_tokens - 1) // 16 * 16
     assert again.usage.input_tokens == counted.input_tokens - again.usage.cache_read_input_tokens
+
+
+def test_models(client: Anthropic) -> None:
+    page = client.models.list()
+    (model,) = page  # there is no next one
+    assert (page.has_more, page.first_id, page.last_id) == (False, model.id, model.id)
+    assert (model.type, model.display_name, model.lifecycle) == ("model", model.id, "active")
+    assert abs(model.created_at - datetime.now(UTC)) < timedelta(hours=1)
+    assert client.models.retrieve(model.id) == model
 
 
 def test_the_order_of_events(client: Anthropic) -> None:
