@@ -75,8 +75,8 @@ class RequestGate:
 
 
 class BodyGate:
-    """Refuses bodies that are too large (413), compressed or not JSON (415), and reads an empty one as `{}`.
-    What nobody thought of, in the layers below, is 500."""
+    """Refuses bodies that are too large (413), compressed or not JSON (415), and reads an empty one
+    as `{}`. What nobody thought of, in the layers below, is 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app

@@ -366,7 +366,7 @@ class Sessions:
             raise _busy(session_id, running)
         line = self._lines.setdefault(session_id, Line(asyncio.Lock()))
         if line.waiting >= MAX_QUEUED_TURNS:
-            raise _busy(session_id, running)
+            raise _busy(session_id, running, full=True)
         line.waiting += 1
         try:
             async with line.lock:
@@ -519,9 +519,15 @@ def _without_own(path: Sequence[TurnRecord]) -> list[int]:
     return tokens[: len(tokens) - len(path[-1].token_ids)]
 
 
-def _busy(session_id: str, running: Generation | None) -> SessionBusy:
+def _busy(session_id: str, running: Generation | None, *, full: bool = False) -> SessionBusy:
+    """`full`: as many wait for it as may."""
     name = "an answer" if running is None else running.id
+    busy = f"the session {session_id} is busy with {name}"
+    if full:
+        return SessionBusy(
+            f"{busy}, and {MAX_QUEUED_TURNS} requests wait for it already, as many as may; send "
+            "this one again when some of them are answered"
+        )
     return SessionBusy(
-        f"the session {session_id} is busy with {name}; wait for its end, cancel it, or send "
-        '`on_busy`: "queue" or "cancel_previous"'
+        f'{busy}; wait for its end, cancel it, or send `on_busy`: "queue" or "cancel_previous"'
     )

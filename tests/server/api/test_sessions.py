@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import quote
@@ -447,6 +448,26 @@ def test_a_stream_that_waits_for_its_session_is_not_silent(
         (error,) = events(lost.read().decode())
         assert (error.name, error.data["error"]["code"]) == ("error", "not_found")
     assert len(http.get(f"/v1/sessions/{id}").json()["turns"]) == 4
+
+
+def test_a_full_line_of_a_session(http: httpx.Client) -> None:
+    """One is answered and 64 wait. What is one too many is told at once, and not to queue."""
+    id = made(http)
+    body = {"input": "?", "parent": None, "max_tokens": 400, "ignore_eos": True, "on_busy": "queue"}
+
+    def ask(_: int) -> httpx.Response:
+        return http.post(f"/v1/sessions/{id}/turns", json=body)
+
+    with ThreadPoolExecutor(80) as pool:
+        pending = {pool.submit(ask, i) for i in range(80)}
+        try:
+            answers = (future.result() for future in as_completed(pending))
+            busy = next(answer for answer in answers if answer.status_code != 200)
+        finally:
+            http.delete(f"/v1/sessions/{id}")  # it ends them all
+    message = refused(busy, 409, "session_busy")
+    assert "64 requests wait" in message and "on_busy" not in message
+    assert busy.headers["x-should-retry"] == "false"
 
 
 def test_a_busy_session(http: httpx.Client) -> None:
