@@ -312,6 +312,41 @@ def test_results_of_calls_are_messages(client: OpenAI) -> None:
     assert cached is not None and cached > first.usage.prompt_tokens
 
 
+def test_a_result_that_answers_no_call_is_told_as_it_stands(http: httpx.Client) -> None:
+    """On each wire, as is a call without its result."""
+
+    def ask(path: str, **body: Any) -> Any:
+        answer = http.post(path, json={"max_tokens": 1, **body})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    call = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "call_0", "content": "It rains."}
+    messages = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, *QUESTION, result]
+    prompt = ask("/tokenize", messages=messages)
+    text = ask("/detokenize", tokens=prompt["tokens"])["text"]
+    assert "<tool_response>\nIt rains.\n</tool_response>" in text and '"now"' in text
+    chat = ask("/v1/chat/completions", messages=messages)
+    assert chat["usage"]["prompt_tokens"] == prompt["count"]
+    used = {"type": "tool_use", "id": "call_1", "name": "now", "input": {}}
+    told = {"type": "tool_result", "tool_use_id": "call_0", "content": "It rains."}
+    blocks = [
+        *QUESTION,
+        {"role": "assistant", "content": [used]},
+        *QUESTION,
+        {"role": "user", "content": [told]},
+    ]
+    assert ask("/v1/messages/count_tokens", messages=blocks)["input_tokens"] == prompt["count"]
+    items = [
+        *QUESTION,
+        {"type": "function_call", "call_id": "call_1", "name": "now", "arguments": "{}"},
+        *QUESTION,
+        {"type": "function_call_output", "call_id": "call_0", "output": "It rains."},
+    ]
+    counted = http.post("/v1/responses/input_tokens", json={"input": items})
+    assert counted.json()["input_tokens"] == prompt["count"]
+
+
 @pytest.mark.e2e
 def test_logprobs_of_all_tokens_come_in_order(client: OpenAI) -> None:
     fields: dict[str, Any] = {
