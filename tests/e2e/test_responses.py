@@ -297,7 +297,7 @@ def test_nobody_finds_what_is_somebody_elses(tiny_model: Path, tmp_path: Path) -
             tried = 0
             for template, methods in bob.get("/openapi.json").json()["paths"].items():
                 prefix = next((p for p in names if template.startswith(p)), None)
-                if prefix is None:
+                if prefix is None or "{" not in template:
                     continue
                 target = template.replace("{id}", names[prefix]).replace("{item_id}", item)
                 for method in methods:
