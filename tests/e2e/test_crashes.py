@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -50,16 +51,16 @@ def instants(count: int, show: Show) -> list[int]:
     """When to kill, at random: after so many more tokens of each stream (often before the first
     one), or while the next engine loads.
 
-    Three deaths in a row at which none got further are, rightly, laid to those who were there: such
-    a series is drawn again. A stream has got further for sure when it heard more than what was on
-    its way when the engine died."""
+    Two deaths in a row at which none got further make three without a step in between: they are,
+    rightly, laid to those who were there. Such a series is drawn again. A stream has got further
+    for sure when it heard more than what was on its way when the engine died."""
     seed = random.randrange(1 << 32)
     show(f"the instants of the kills are those of seed {seed}")
     chooser = random.Random(seed)
     while True:
         made = [LOADING if chooser.random() < 0.25 else chooser.randrange(25) for _ in range(count)]
         lived = [instant >= FURTHER for instant in made if instant != LOADING]
-        if all(any(lived[i : i + 3]) for i in range(len(lived) - 2)):
+        if all(map(any, itertools.pairwise(lived))):
             return made
 
 
