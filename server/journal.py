@@ -22,8 +22,8 @@ from server.errors import ServerError
 from server.events import Done, Failed
 from server.generation import Durable, Generation
 from server.generations import Generations
+from server.off_loop import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.owners import Owner, Owners
-from server.prompt import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.store.errors import StoreConflict, StoreError
 from server.store.records import (
     GenerationRecord,

@@ -1,32 +1,10 @@
-"""Prompts: tokenising them beside the streams, and the room that they leave for an answer."""
+"""Prompts: whether they fit, and the room that they leave for an answer, in tokens."""
 
 from __future__ import annotations
-
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from model.engine.messages import ModelInfo
 from server.errors import ContextLengthExceeded
 from server.text.tokenizer import Tokenizer
-
-T = TypeVar("T")
-
-TOKENIZE_INLINE_CHARACTERS, LARGE_CHARACTERS = 16_384, 1 << 18
-# To encode so many takes as long as to render a message, and to read a token of a log.
-CHARACTERS_PER_MESSAGE, CHARACTERS_PER_LOGGED_TOKEN = 100, 16
-
-_one_thread = ThreadPoolExecutor(1, "large")
-
-
-async def off_loop(num_characters: int, work: Callable[[], T]) -> T:
-    """Run `work` here when it is small, else in a thread, so that no stream waits for it. Of what
-    is large one runs at a time: it may take a gigabyte."""
-    if num_characters <= TOKENIZE_INLINE_CHARACTERS:
-        return work()
-    threads = _one_thread if num_characters > LARGE_CHARACTERS else None
-    return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def check_can_fit(

@@ -9,7 +9,7 @@ from server.api.answers import finite
 from server.errors import ServerDraining
 from server.events import Done, Failed
 from server.generation import Generation
-from server.prompt import CHARACTERS_PER_LOGGED_TOKEN, off_loop
+from server.off_loop import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.responses_wire import (
     Event,
     ItemStatus,

@@ -31,8 +31,9 @@ from server.forks import copies_of, cut
 from server.generation import Durable, Generation
 from server.generations import Generations
 from server.journal import Journal
+from server.off_loop import CHARACTERS_PER_MESSAGE, off_loop
 from server.owners import Owner
-from server.prompt import CHARACTERS_PER_MESSAGE, check_can_fit, off_loop, room_for_answer
+from server.prompt import check_can_fit, room_for_answer
 from server.reader import read
 from server.store.errors import StoreConflict
 from server.store.records import IdempotencyRecord, SessionRecord, TurnRecord

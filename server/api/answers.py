@@ -16,8 +16,8 @@ from server.errors import NotFound, StreamExpired
 from server.events import Done, Failed
 from server.generation import Generation
 from server.generations import Generations
+from server.off_loop import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.owners import Owner
-from server.prompt import CHARACTERS_PER_LOGGED_TOKEN, off_loop
 from server.reader import read
 from server.responses import json_response
 from server.services import Services

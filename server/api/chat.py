@@ -17,7 +17,8 @@ from server.api.template_fields import TemplateFields
 from server.api.tool_fields import MAX_TOOLS, ToolCall, ToolFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.generation import Generation
-from server.prompt import CHARACTERS_PER_MESSAGE, check_can_fit, off_loop, room_for_answer
+from server.off_loop import CHARACTERS_PER_MESSAGE, off_loop
+from server.prompt import check_can_fit, room_for_answer
 from server.services import Caller, Services, Shared
 from server.text.chat_template import TemplateError, encode_chat
 from server.text.tool_prompt import with_tools

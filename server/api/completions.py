@@ -17,7 +17,8 @@ from server.api.sampling import MAX_TOP_LOGPROBS, SamplingFields
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.events import Delta, Done, Event, Failed, Paused
 from server.generation import Generation
-from server.prompt import check_can_fit, off_loop, room_for_answer
+from server.off_loop import off_loop
+from server.prompt import check_can_fit, room_for_answer
 from server.reader import read
 from server.services import Caller, Services, Shared
 from server.sse import DONE, comment_frame, data_frame

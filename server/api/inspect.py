@@ -31,8 +31,8 @@ from server.api.inspect_shapes import (
     InspectTokens,
 )
 from server.api.leaving import unless_left
+from server.off_loop import off_loop
 from server.owners import Owner
-from server.prompt import off_loop
 from server.responses import json_response
 from server.services import Caller, Services, Shared
 from server.text.tokenizer import Tokenizer

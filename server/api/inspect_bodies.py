@@ -11,7 +11,8 @@ from server.api.body import Body
 from server.api.chat import Messages, prompt_token_ids
 from server.api.session_fields import Text
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.prompt import check_can_fit, off_loop, room_for_answer
+from server.off_loop import off_loop
+from server.prompt import check_can_fit, room_for_answer
 from server.services import Services
 
 MAX_TOKENS = 4096

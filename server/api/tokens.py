@@ -13,7 +13,7 @@ from server.api.chat import Messages, check_end, prompt_token_ids
 from server.api.template_fields import TemplateFields
 from server.api.tool_fields import ToolFields
 from server.errors import InvalidRequest
-from server.prompt import off_loop
+from server.off_loop import off_loop
 from server.responses import json_response
 from server.services import Shared
 

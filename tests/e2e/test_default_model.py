@@ -91,7 +91,7 @@ def engine(files: hub.ModelFiles) -> Engine:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_greedy_tokens_equal_transformers(
     engine: Engine, model: Any, tokenizer: Tokenizer, template: ChatTemplate, every: int
 ) -> None:

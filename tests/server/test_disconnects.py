@@ -10,9 +10,9 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -23,7 +23,6 @@ from tests.fixtures.server import Server, serving, wait_until
 
 pytestmark = pytest.mark.alone
 
-Json = dict[str, Any]
 CONCURRENCY = 32
 # The threads of pools come with the first need: the store's, the event loop's, the tokenizer's.
 POOLED_THREADS = NUM_READERS + min(32, (os.cpu_count() or 1) + 4) + 3
@@ -64,22 +63,37 @@ def server(tiny_model: Path):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("num_aborts", [160, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_aborts_leave_nothing_behind(server: Server, num_aborts: int) -> None:
+    nothing_is_left_behind(server, num_aborts, abort_somewhere, psutil.Process.num_fds, 0)
+
+
+@pytest.mark.parametrize("num_aborts", [64, pytest.param(500, marks=pytest.mark.slow)])
+def test_answers_that_are_told_to_end_leave_nothing_behind(server: Server, num_aborts: int) -> None:
+    nothing_is_left_behind(server, num_aborts, end_by_a_word, descriptors, POOLED_THREADS)
+
+
+def nothing_is_left_behind(
+    server: Server,
+    num_aborts: int,
+    abort: Callable[[Server, int], None],
+    count_fds: Callable[[psutil.Process], int],
+    num_threads_more: int,
+) -> None:
     # One round warms up what grows once: thread pools, connection tables.
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        list(pool.map(lambda i: abort_somewhere(server, i), range(CONCURRENCY)))
+        list(pool.map(lambda i: abort(server, i), range(CONCURRENCY)))
     server.wait_idle()
     process, engine = psutil.Process(server.process.pid), server.engine
     wait_until(lambda: len(process.net_connections("tcp")) == 1, 10, "connections are left")
-    fds, threads = descriptors(process), process.num_threads()
+    fds, threads = count_fds(process), process.num_threads()
     of_engine = engine.num_fds(), engine.num_threads()
     blocks = server.metric("headwater_blocks", state="referenced", tier="device")
     tasks = server.metric("headwater_asyncio_tasks")
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        list(pool.map(lambda i: abort_somewhere(server, 1000 + i), range(num_aborts)))
+        list(pool.map(lambda i: abort(server, 1000 + i), range(num_aborts)))
     server.wait_idle(2.0)
     assert server.metric("headwater_blocks", state="referenced", tier="device") == blocks == 0
-    wait_until(lambda: descriptors(process) <= fds, 2.0, f"more than {fds} descriptors")
-    assert process.num_threads() <= threads + POOLED_THREADS
+    wait_until(lambda: count_fds(process) <= fds, 2.0, f"more than {fds} descriptors")
+    assert process.num_threads() <= threads + num_threads_more
     assert (engine.num_fds(), engine.num_threads()) == of_engine
     wait_until(
         lambda: server.metric("headwater_asyncio_tasks") <= tasks, 2.0, f"more than {tasks} tasks"
@@ -102,48 +116,46 @@ def descriptors(process: psutil.Process) -> int:
 
 
 def abort_somewhere(server: Server, seed: int) -> None:
-    """End it while it is queued, in the prefill, at a random token, or in the last step: leave, or
-    say so."""
+    """Leave while queued, in the prefill, at a random token, or in the last step."""
     chooser = random.Random(seed)
-    fields = {
-        "n": chooser.choice([1, 1, 2]),
-        "max_tokens": chooser.choice([1, 5, 40, 200]),
-        "seed": seed,
-    }
-    num_reads = chooser.choice([0, 0, 1, 3, 10])
-    way = chooser.choice(["reset", "reset", "leave", "leave", "delete", "cancel"])
-    if way in ("delete", "cancel"):
-        end_by_a_word(server, way == "cancel", fields | {"n": 1}, num_reads)
-        return
     with connect(server) as sock:
-        send(sock, stream=chooser.random() < 0.5, **fields)
-        for _ in range(num_reads):
+        send(
+            sock,
+            stream=chooser.random() < 0.5,
+            n=chooser.choice([1, 1, 2]),
+            max_tokens=chooser.choice([1, 5, 40, 200]),
+            seed=seed,
+        )
+        for _ in range(chooser.choice([0, 0, 1, 3, 10])):
             if not sock.recv(4096):
                 break
-        if way == "reset":
+        if chooser.random() < 0.5:
             reset(sock)
         else:
             sock.shutdown(socket.SHUT_RDWR)
 
 
-def end_by_a_word(server: Server, in_session: bool, fields: Json, num_reads: int) -> None:
-    """A durable stream, which whoever leaves does not end."""
+def end_by_a_word(server: Server, seed: int) -> None:
+    """Have a durable stream end, which whoever leaves does not: a chat's, or a session's."""
+    chooser = random.Random(seed)
+    in_session = chooser.random() < 0.5
     with httpx.Client(base_url=server.url, timeout=30) as http:
         if in_session:
             session = http.post("/v1/sessions", json={}).json()["id"]
             path, body = f"/v1/sessions/{session}/turns", {"input": "Tell me of rivers."}
         else:
             path, body = "/v1/chat/completions", {"messages": [MESSAGE], "resumable": True}
-        asked = body | fields | {"stream": True, "ignore_eos": True}
-        with http.stream("POST", path, json=asked) as answer:
+        fields = {"max_tokens": chooser.choice([1, 5, 40, 200]), "seed": seed, "ignore_eos": True}
+        with http.stream("POST", path, json=body | fields | {"stream": True}) as answer:
             assert answer.status_code == 200, answer.read()
+            num_reads = chooser.choice([0, 0, 1, 3, 10])
             for _ in zip(range(num_reads), answer.iter_raw(), strict=False):
                 pass
-        generation = answer.headers["x-headwater-generation"]
         if in_session:
             said = http.post(f"/v1/sessions/{session}/cancel")
             assert said.status_code in (200, 409), said.text  # 409: it had ended
         else:
+            generation = answer.headers["x-headwater-generation"]
             assert http.delete(f"/v1/streams/{generation}").status_code == 200
 
 

@@ -67,10 +67,18 @@ def journal_of(services: Services) -> Journal:
 
 
 def running(services: Services) -> Generation:
-    """A durable generation that the store has."""
+    """A durable generation that is live."""
     generation = services.generations.make([1, 2, 3], SamplingParams(), owner=services.owners.local)
     generation.durable = Durable("chat")
     services.generations._live[generation.id] = generation
+    return generation
+
+
+async def stored(services: Services) -> Generation:
+    """One that the store has, as running."""
+    generation = running(services)
+    record = services.journal._record(generation)
+    await services.store.begin([], record, head=None, updated_at=0.0)
     return generation
 
 
@@ -121,8 +129,7 @@ def test_a_log_that_cannot_be_written_does_not_hold_up_the_others(
             await log_tokens(chunks)
 
         monkeypatch.setattr(services.store, "log_tokens", once_not)
-        generation = running(services)
-        await services.store.begin([], journal._record(generation), head=None, updated_at=0.0)
+        generation = await stored(services)
         generation.feed(TokenOutput(generation.id, token_ids=[5, 6]))
         await journal.start()
         durable = generation.durable
@@ -145,9 +152,9 @@ def test_a_token_that_must_be_stored_first_does_not_wait_for_the_clock(
         journal = journal_of(services)
         services.client.model = SimpleNamespace(reproducible=False, block_size=16)  # type: ignore
         await journal.start()
-        await asyncio.sleep(0.1)  # it sleeps by now
-        generation = running(services)
-        await services.store.begin([], journal._record(generation), head=None, updated_at=0.0)
+        while not journal._waited_for._waiters:  # until it sleeps
+            await asyncio.sleep(0)
+        generation = await stored(services)
         for start in range(3):
             generation.feed(TokenOutput(generation.id, token_ids=[5]))
             assert generation.delta(start) is None
